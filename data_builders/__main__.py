@@ -1,0 +1,55 @@
+"""Build a processed split: CT volumes, organ masks and organ captions in Parquet shards that any trainer can stream.
+
+A synthetic release of 40 patients in CT-RATE's layout, and the split made of it:
+    python -m data_builders synthetic --out out/release --patients 32 --validation 8 --seed 0
+    python -m data_builders ct_rate --source out/release --out out/split --organs body_24 --spacing 20 4 4
+
+Your own NIfTI volumes with TotalSegmentator masks and a CSV of reports (columns id, findings, impression):
+    python -m data_builders folder --volumes scans --masks masks --reports reports.csv --out out/split
+
+What came of it (also written at the end of each build; look at previews/ before training):
+    python -m data_builders inspect --data out/split --cases 4
+
+A build that was killed is continued by the same command. Each command tells its options with --help.
+"""
+
+import argparse
+import importlib
+import sys
+
+# name -> (module with add_arguments and run, one line). A module is imported only for its own command.
+COMMANDS = {
+    "synthetic": ("synthetic", "a made-up release in CT-RATE's layout: no data needed"),
+    "ct_rate": ("ct_rate", "a folder in CT-RATE's layout -> processed split"),
+    "folder": ("folder", "NIfTI volumes + multilabel masks + reports -> processed split"),
+    "inspect": ("inspection", "counts and pictures of a processed split"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m data_builders", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    chosen = next((word for word in argv if word in COMMANDS), None)
+    modules = {}
+    for name, (module_name, line) in COMMANDS.items():
+        if name != chosen:
+            commands.add_parser(name, help=line)
+            continue
+        module = modules[name] = importlib.import_module(f".{module_name}", __package__)
+        command = commands.add_parser(
+            name, help=line, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        return modules[args.command].run(args)
+    except ValueError as error:  # what a user can mend: the message says how, a traceback would hide it
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""The dataset card of a processed split: what `datasets` needs to load it, and all a reader needs to use it.
+
+The card alone is enough: the decoder stands in it, and a test runs the card's code in a process that imports nothing
+of ours.
+"""
+
+from pathlib import Path
+
+import pyarrow as pa
+import yaml
+
+from .shards import SCHEMA, write_text
+
+DECODER = '''\
+import os
+
+import numpy as np
+import zstandard
+from datasets import load_dataset
+
+
+def decode(row):
+    """A row's volume (int16, HU) and mask (uint8, 0 background, else place in `organs` + 1): (depth, height, width)."""
+    unpack = zstandard.ZstdDecompressor().decompress
+    volume = np.frombuffer(unpack(row["volume"]), dtype="<i2").reshape(row["shape"])
+    mask = np.frombuffer(unpack(row["mask"]), dtype="u1").reshape(row["shape"])
+    return volume, mask
+
+
+# Streaming reads to the end here on purpose: a program that ends in the middle of a stream may abort while it exits
+# (https://github.com/apache/arrow/issues/45214).
+folder = os.getcwd()  # run inside this folder, or put its full path here (a plain "." is not understood)
+dataset = load_dataset(folder, "volumes", split="{split}", streaming=True)  # False: any row, by a copy in the cache
+for row in dataset:
+    volume, mask = decode(row)
+    print(row["recon_id"], volume.shape, row["spacing"], np.unique(mask).tolist())
+'''
+
+LICENCES = {
+    "ct_rate": (
+        "Built from a release in CT-RATE's layout. CT-RATE is under CC BY-NC-SA 4.0 and its terms of access forbid "
+        "handing it on; what is built from it falls under the same terms."
+    ),
+    "folder": "The terms of the scans and reports it was built from hold for this folder as well.",
+}
+
+
+def write_card(folder: Path, manifest: dict) -> None:
+    """Write README.md from the manifest."""
+    write_text(folder / "README.md", card_text(manifest))
+
+
+def card_text(manifest: dict) -> str:
+    settings = manifest["settings"]
+    splits = {name: content for name, content in manifest["splits"].items() if content["rows"]}
+    organs = settings["organ_set"]["organs"]
+    header = {
+        "configs": [
+            {
+                "config_name": "volumes",
+                "default": True,
+                "data_files": [{"split": name, "path": f"volumes/{name}-*.parquet"} for name in splits],
+            }
+        ],
+        "dataset_info": [{"config_name": "volumes", "features": features(SCHEMA)}],
+    }
+    spacing, margin = ([f"{edge:g}" for edge in settings[key]] for key in ("spacing", "margin_voxels"))
+    lines = [
+        "---",
+        yaml.safe_dump(header, sort_keys=False).rstrip(),
+        "---",
+        "",
+        "# CT volumes, organ masks and organ captions",
+        "",
+        f"Written by fVLM's builder `{settings['builder']}`. A row is one reconstruction: a CT volume, the mask of its",
+        "organs, what the report says of each organ, and the report itself. For research only, not for diagnosis.",
+        "",
+        *_table(
+            ["split", "rows", "scans", "patients", "skipped"],
+            [
+                [name, content["rows"], content["scans"], content["patients"], content["cases"] - content["rows"]]
+                for name, content in splits.items()
+            ],
+        ),
+        "",
+        "Splits are by patient. Every skipped case stands in `manifest.json` with its reason; look at `previews/`",
+        "before use.",
+        "",
+        "## Geometry and values",
+        "",
+        "- Arrays are `(depth, height, width)` in LPS orientation: depth from feet to head, height from front to back,",
+        "  width from the patient's right to the patient's left.",
+        f"- Resampled to about {' x '.join(spacing)} mm in that order; `spacing` in a row is exact.",
+        f"- Cut to the box of all organs with a margin of {' / '.join(margin)} voxels.",
+        "- `volume` is int16 in Hounsfield units, not windowed. `mask` is uint8: 0 background, else the label below.",
+        "",
+        "## Read it",
+        "",
+        "Needs `datasets`, `zstandard` and `numpy`, nothing else:",
+        "",
+        "```python",
+        DECODER.replace("{split}", next(iter(splits))).rstrip(),
+        "```",
+        "",
+        "## Organs",
+        "",
+        f"Organ set `{settings['organ_set']['name']}`: how many cases hold the organ in their mask, speak of it, and",
+        "report a finding there. `captions` has one entry per organ in this order; an organ not spoken of has",
+        "`is_mentioned` false and the sentence that nothing is to be seen.",
+        "",
+        *_table(
+            ["label", "organ", *(f"{name}: in mask / mentioned / abnormal" for name in splits)],
+            [
+                [index, organ, *(" / ".join(map(str, split["organs"][organ].values())) for split in splits.values())]
+                for index, organ in enumerate(organs, start=1)
+            ],
+        ),
+        "",
+        "Captions: the sentences of the impression that name the organ, then those of the findings"
+        + (" (rule and terms: " + f"lexicon `{settings['lexicon']['name']}` {settings['lexicon']['version']}).")
+        + " `labels`:",
+        "1 present, 0 absent, -1 unknown, under the names of the source.",
+        "",
+        "## Terms",
+        "",
+        LICENCES.get(settings["builder"], LICENCES["folder"]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def features(schema: pa.Schema) -> list[dict]:
+    """The columns in the form `datasets` writes into cards (compared with its own in the tests)."""
+    return [{"name": column.name, **_feature(column.type)} for column in schema]
+
+
+def _feature(kind: pa.DataType) -> dict:
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = _feature(kind.value_type)
+        described = {"list": inner.get("struct", inner.get("dtype"))}
+        return {**described, "length": kind.list_size} if pa.types.is_fixed_size_list(kind) else described
+    if pa.types.is_struct(kind):
+        return {"struct": [{"name": column.name, **_feature(column.type)} for column in kind]}
+    return {"dtype": {"float": "float32"}.get(str(kind), str(kind))}
+
+
+def _table(head: list, rows: list[list]) -> list[str]:
+    """A Markdown table."""
+    return [
+        f"| {' | '.join(map(str, head))} |",
+        f"|{' --- |' * len(head)}",
+        *(f"| {' | '.join(map(str, row))} |" for row in rows),
+    ]

@@ -1,0 +1,166 @@
+"""What a builder finds in its source: one `Case` per reconstruction, before any volume is opened.
+
+Also the small readers every builder needs: CSV files whose missing columns are named, and file names out of a table
+that may not leave the folder they belong to.
+"""
+
+import csv
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class OrganText:
+    """What a report says of one organ: its sentences in their order, and whether one of them is a finding."""
+
+    impression: tuple[str, ...]
+    findings: tuple[str, ...]
+    is_abnormal: bool
+
+
+@dataclass(frozen=True)
+class Case:
+    """One reconstruction: where its files are and what is said of it.
+
+    `organ_texts` is given where the source brings the captions by organ; otherwise the report is decomposed. A case
+    that cannot be built, as is known before its volume is opened, carries the reason in `skip_reason`; if the release
+    itself leaves it out, `is_excluded` says that nothing is wrong with it.
+    """
+
+    split: str
+    patient_id: str
+    scan_id: str
+    recon_id: str
+    volume: Path | None = None
+    mask: Path | None = None
+    numbering: str = "totalsegmentator_v2"
+    findings: str = ""
+    impression: str = ""
+    organ_texts: dict[str, OrganText] | None = None
+    labels: tuple[tuple[str, int], ...] = ()
+    skip_reason: str | None = None
+    is_excluded: bool = False
+
+
+def natural_key(text: str) -> list:
+    """Sort key under which train_2 comes before train_10."""
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", text)]
+
+
+def sort_cases(cases: Iterable[Case]) -> list[Case]:
+    """Cases in the one order that fixes which shard each goes to.
+
+    Raises:
+        ValueError: If a recon_id comes twice, or a patient stands in two splits.
+    """
+    ordered = sorted(cases, key=lambda case: (SPLITS.index(case.split), natural_key(case.recon_id)))
+    seen: set[str] = set()
+    split_of: dict[str, str] = {}
+    for case in ordered:
+        if case.recon_id in seen:
+            raise ValueError(f"the id {case.recon_id!r} comes twice; every reconstruction needs its own id.")
+        seen.add(case.recon_id)
+        if split_of.setdefault(case.patient_id, case.split) != case.split:
+            raise ValueError(
+                f"patient {case.patient_id!r} stands in {split_of[case.patient_id]!r} and in {case.split!r}; "
+                "splits are by patient: move all of a patient's scans to one split."
+            )
+    return ordered
+
+
+def source_fingerprint(cases: Sequence[Case]) -> str:
+    """One hash over what will be read: ids, texts, labels, and name and size of each file (no folder of this machine).
+
+    A build that was interrupted is only continued while this stays the same.
+    """
+    digest = hashlib.sha256()
+    for case in cases:
+        files = [[path.name, path.stat().st_size] for path in (case.volume, case.mask) if path and path.is_file()]
+        texts = {
+            organ: [text.impression, text.findings, text.is_abnormal]
+            for organ, text in (case.organ_texts or {}).items()
+        }
+        row = [case.split, case.patient_id, case.scan_id, case.recon_id, files, case.numbering, case.findings]
+        row += [case.impression, texts, case.labels, case.skip_reason]
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; nearest: 'x'` for an error message, or nothing where no known name comes near."""
+    by_lower = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f"; nearest: {by_lower[close[0]]!r}" if close else ""
+
+
+def check_columns(path: Path, columns: Sequence[str], required: Iterable[str]) -> None:
+    """Raise a ValueError that names the first missing column, those present, and the nearest of them."""
+    for name in required:
+        if name not in columns:
+            raise ValueError(f"{path.name} has no column {name!r}; it has {list(columns)}{nearest(name, columns)}.")
+
+
+def read_csv(path: Path, required: Sequence[str] = ()) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of a CSV file; cells are stripped strings.
+
+    Raises:
+        ValueError: If the file is missing, empty, not UTF-8, lacks a required column, or has a row with too many cells.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}.")
+    csv.field_size_limit(2**27)  # a report may be longer than the 131,072 characters csv allows
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = [name.strip() for name in reader.fieldnames or ()]
+            if not columns:
+                raise ValueError(f"{path.name} is empty; its first line should name the columns.")
+            check_columns(path, columns, required)
+            reader.fieldnames = columns
+            rows = []
+            for row in reader:
+                if None in row:
+                    raise ValueError(
+                        f"{path.name}, line {reader.line_num}: {len(columns) + len(row[None])} cells under "
+                        f'{len(columns)} columns; put texts that hold commas into "quotes".'
+                    )
+                rows.append({name: (cell or "").strip() for name, cell in row.items()})
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8 ({error}); save it as UTF-8.") from None
+    return columns, rows
+
+
+def resolve_inside(root: Path, name: str) -> Path:
+    """`root / name` for a file name that came out of a table.
+
+    The check is on the name alone and follows no link: folders cached from the Hub are links to a store beside them.
+
+    Raises:
+        ValueError: If the name is absolute or steps out of `root` with `..`.
+    """
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    if not name or posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+        raise ValueError(f"the file name {name!r} must be relative and stay inside its folder; '..' is not allowed.")
+    return root / name
+
+
+def read_label(cell: str, place: str) -> int:
+    """A label cell as 1, 0 or -1 (unknown, also for an empty cell).
+
+    Raises:
+        ValueError: For any other value, naming `place`.
+    """
+    try:
+        value = float(cell) if cell else -1.0
+    except ValueError:
+        value = float("nan")
+    if value not in (1.0, 0.0, -1.0):
+        raise ValueError(f"{place}: label {cell!r} is none of 1, 0, -1 (unknown) or empty.")
+    return int(value)

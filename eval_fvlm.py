@@ -1,0 +1,188 @@
+"""Score a model's zero-shot findings on a processed split: no label is trained on, each finding is a pair of sentences.
+
+The demo's model on its own validation patients, and the same with a prompt set of your own:
+    python eval_fvlm.py --model runs/demo/model --data runs/demo/processed --tasks synthetic --out runs/demo/eval
+    python eval_fvlm.py --model runs/demo/model --data runs/demo/processed --tasks synthetic own.yaml --out runs/eval2
+
+Weights of the published kind on CT-RATE, every reconstruction counted, on a GPU in bfloat16:
+    python eval_fvlm.py --model DIR --data data/ct_rate_chest_4 --tasks ct_rate_16 --level reconstruction \\
+        --window_size 112 288 352 --published_windows --dtype bfloat16 --batch_size 16 --num_workers 8 \\
+        --out runs/ct_rate_eval
+
+Written to --out:
+    metrics.json    macro_auc, num_findings, num_patients, per_finding, per_organ, what was left out and why, protocol
+    scores.csv      one row per task, scan and finding: score (probability), label, is_complete; empty = not known
+    roc.png         one ROC curve per finding, best first
+    auc_bars.png    the AUCs grouped by organ, with the line of chance
+
+A scan whose mask lacks the organ is not scored; a scan whose label is unknown is not measured; both are counted.
+Research only, not for diagnosis.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from evaluation_fvlm.errors import EvaluationError
+from evaluation_fvlm.results import format_table, library_versions, task_protocol, window_protocol, write_results
+from evaluation_fvlm.split import LEVELS, check_split_matches, open_split, read_manifest, select_scans
+from evaluation_fvlm.tasks import available_tasks, check_task_organs, load_task
+from evaluation_fvlm.windows import WindowRule
+from evaluation_fvlm.zero_shot import evaluate_split
+from modeling_fvlm.modeling_fvlm import FVLMModel
+from modeling_fvlm.processing_fvlm import FVLMProcessor
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what is scored")
+    what.add_argument("--model", required=True, help="Folder or Hub id of a saved model with its processor.")
+    what.add_argument("--revision", help="Commit, tag or branch of a model on the Hub; the protocol names it.")
+    what.add_argument("--data", required=True, help="Processed split: folder or Hub id (see python -m data_builders).")
+    what.add_argument("--data_revision", help="Commit, tag or branch of a data set on the Hub.")
+    what.add_argument("--split", default="validation", help="Split to score (default: %(default)s).")
+    what.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="TASK",
+        help=f"Prompt sets: {', '.join(available_tasks())}, or paths of YAML files. The first one's figures head "
+        f"metrics.json.",
+    )
+    what.add_argument(
+        "--level",
+        choices=LEVELS,
+        default=LEVELS[0],
+        help="scan: the first reconstruction of every scan (default); reconstruction: all of them, as the published "
+        "CT-RATE numbers count, though they repeat a patient.",
+    )
+    what.add_argument("--limit", type=int, help="Only the first so many rows: a quick look, no result.")
+    windows = parser.add_argument_group("how organs are shown to the network")
+    windows.add_argument(
+        "--window_size",
+        type=int,
+        nargs=3,
+        metavar=("DEPTH", "HEIGHT", "WIDTH"),
+        help="Voxels around each organ's centre, multiples of the patch (default: the size the model was trained on).",
+    )
+    windows.add_argument(
+        "--published_windows",
+        action="store_true",
+        help="Make windows as the published evaluation does: padded to whole patches only, behind the end, with "
+        "hu_min, boxes one voxel short (default: padded evenly with air to the window size, as in training).",
+    )
+    running = parser.add_argument_group("running")
+    running.add_argument("--out", required=True, type=Path, help="Folder for the results; made if missing.")
+    running.add_argument("--device", help="cuda, cuda:1, cpu ... (default: cuda if there is one, else cpu).")
+    running.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="Arithmetic of the towers (default: %(default)s); bfloat16 is several times faster and moves scores in "
+        "the third digit.",
+    )
+    running.add_argument("--batch_size", type=int, default=4, help="Windows per forward (default: %(default)s).")
+    running.add_argument("--num_workers", type=int, default=1, help="Threads that decode ahead (default: %(default)s).")
+    running.add_argument("--quiet", action="store_true", help="No progress bar and no table.")
+    args = parser.parse_args(arguments)
+    for name in ("batch_size", "num_workers", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} must be at least 1.")
+    return args
+
+
+def load_model(path: str, revision: str | None, device: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A saved model in evaluation mode on its device, and its processor."""
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise EvaluationError(
+            f"{path} holds no config.json: it is no saved model. Give the folder that training wrote."
+        )
+    try:
+        model = FVLMModel.from_pretrained(path, revision=revision or "main")
+        processor = FVLMProcessor.from_pretrained(path, revision=revision or "main")
+    except OSError as error:
+        raise EvaluationError(f"--model {path} cannot be loaded: {error}") from error
+    return model.eval().to(device), processor
+
+
+def run(args: argparse.Namespace) -> dict:
+    """The evaluation of one command line; returns the content of metrics.json."""
+    start = time.perf_counter()
+    # What can be wrong in a file is found before weights or volumes are loaded.
+    tasks = [load_task(task) for task in args.tasks]
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise EvaluationError(
+            f"--tasks {args.tasks}: two prompt sets share a name ({names}); results are kept by name."
+        )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = load_model(args.model, args.revision, device)
+    for task in tasks:
+        check_task_organs(task, model.config.organs)
+    vision = model.config.vision_config
+    rule = WindowRule(
+        tuple(args.window_size or vision.volume_size), tuple(vision.patch_size), published=args.published_windows
+    )
+    check_split_matches(read_manifest(args.data, args.data_revision), model.config, args.data)
+    dataset = select_scans(open_split(args.data, args.split, args.data_revision), args.level, args.limit)
+
+    scores = evaluate_split(
+        model,
+        processor,
+        dataset,
+        tasks,
+        batch_size=args.batch_size,
+        rule=rule,
+        num_workers=args.num_workers,
+        dtype=DTYPES[args.dtype],
+        progress=not args.quiet,
+    )
+    protocol = {
+        "tasks": [task_protocol(task) for task in tasks],
+        "model": {"path": args.model, "revision": args.revision, "commit": getattr(model.config, "_commit_hash", None)},
+        "data": {"path": args.data, "revision": args.data_revision, "split": args.split},
+        "level": "first reconstruction of every scan" if args.level == "scan" else "every reconstruction",
+        "limit": args.limit,
+        "organs": {"set": model.config.organ_set, "names": list(model.config.organs)},
+        "windows": window_protocol(rule, scores),
+        "score": "mean over prompt pairs of softmax([negative, positive] / temperature)",
+        "temperature": 1.0 / scores.logit_scale,
+        "absent_organs": "not scored",
+        "incomplete_organs": "scored",
+        "device": str(model.device),
+        "dtype": args.dtype,
+        "batch_size": args.batch_size,
+        "versions": library_versions(),
+    }
+    metrics, paths = write_results(scores, protocol, args.out)
+    if not args.quiet:
+        print(format_table(metrics))
+        for name, others in metrics["other_tasks"].items():
+            print(f"\n{name}\n{format_table(others)}")
+    print(
+        f"{metrics['num_reconstructions']} volumes in {time.perf_counter() - start:.1f} s "
+        f"({scores.embeddings.num_windows} windows in {scores.embeddings.num_batches} batches on {device}). Written:"
+    )
+    for path in paths:
+        print(f"  {path}")
+    return metrics
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    try:
+        run(args)
+    except EvaluationError as error:  # the user's to mend: the message says how, a traceback would hide it
+        print(f"eval_fvlm.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,213 @@
+"""Organ embeddings of a whole split: the one part of an evaluation that runs the image tower.
+
+(1) A thread reads ahead: decodes a row, finds the organs' windows (windows.py) and which tokens each organ owns.
+(2) Windows of equal size wait for each other, from whatever scan they come, and go through the model as one batch, as
+    int16 HU: the model applies its own HU windows.
+(3) Each organ's embedding is kept from its own window. An organ absent from the mask has none; an organ that the
+    scan cuts has one and is marked as not complete (the published rule: scored, but known).
+
+Every score of this room (zero-shot here; retrieval, diagnostics) starts from these arrays, so the tower runs once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from evaluation_fvlm.errors import EvaluationError
+from evaluation_fvlm.windows import Window, WindowRule, organ_boxes, organ_windows
+from modeling_fvlm.geometry import AIR_HU, organ_token_mask, organs_in_crop
+from modeling_fvlm.processed_split import decode_volume
+
+SCAN_COLUMNS = ["patient_id", "scan_id", "recon_id"]
+
+
+@dataclass
+class SplitEmbeddings:
+    """What the image tower says of a split; axis 0 of every array follows the rows of `scans`."""
+
+    organs: list[str]
+    scans: pd.DataFrame  # patient_id, scan_id, recon_id
+    labels: list[dict[str, int]]  # finding -> 1, 0 or -1 (unknown)
+    image_embeds: np.ndarray  # (scans, organs, dim) float32, unit length; zeros where an organ has no embedding
+    is_present: np.ndarray  # (scans, organs) bool: the organ has voxels, so `image_embeds` holds its embedding
+    is_complete: np.ndarray  # (scans, organs) bool: by the config's rule, judged on the stored volume
+    num_windows: int = 0
+    num_batches: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Scan:
+    """One decoded row, ready for the model."""
+
+    position: int
+    identity: dict[str, str]
+    labels: dict[str, int]
+    volume: np.ndarray  # (depth, height, width) int16 HU
+    is_complete: np.ndarray  # (organs,) bool
+    windows: list[tuple[Window, list[int], np.ndarray]]  # window, its organs, organ_token_mask (organs, tokens)
+
+
+@dataclass
+class _Batch:
+    """Windows of one size that wait to be forwarded together."""
+
+    volumes: list[np.ndarray] = field(default_factory=list)
+    token_masks: list[np.ndarray] = field(default_factory=list)
+    targets: list[tuple[int, list[int]]] = field(default_factory=list)  # (row of the result, organs) per window
+
+
+def embed_split(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    *,
+    organs: list[str] | None = None,
+    rule: WindowRule | None = None,
+    batch_size: int = 4,
+    num_workers: int = 1,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> SplitEmbeddings:
+    """Embed every organ of every row of a processed split.
+
+    Args:
+        model: An `FVLMModel`, on the device to use. Its mode (train or eval) is restored afterwards.
+        dataset: Rows of a processed split (DESIGN.md, section 4), already narrowed to those wanted.
+        organs: Names of the organs that are asked, default all; the others get no window of their own, but their
+            tokens stay in sight of the network.
+        rule: How windows are made; default: of the model's `volume_size`.
+        batch_size: Windows per forward.
+        num_workers: Threads that read ahead. Threads, since zlib, zstd, numpy and torch all release the interpreter
+            lock here, and a worker process would need shared memory for volumes of tens of megabytes.
+        dtype: Autocast the image tower to this, e.g. `torch.bfloat16`; None computes as the weights are.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        EvaluationError: If a row was prepared for another spacing or more organs than the model's; names the scan.
+    """
+    config = model.config
+    rule = rule or WindowRule(tuple(config.vision_config.volume_size), tuple(config.vision_config.patch_size))
+    asked = [config.organs.index(organ) for organ in (organs or config.organs)]
+    num_rows, num_organs = len(dataset), len(config.organs)
+    result = SplitEmbeddings(
+        organs=list(config.organs),
+        scans=pd.DataFrame(index=range(num_rows), columns=SCAN_COLUMNS, dtype=object),
+        labels=[{} for _ in range(num_rows)],
+        image_embeds=np.zeros((num_rows, num_organs, config.projection_dim), np.float32),
+        is_present=np.zeros((num_rows, num_organs), bool),
+        is_complete=np.zeros((num_rows, num_organs), bool),
+    )
+    padding_hu = int(min(window["hu_min"] for window in config.windows)) if rule.published else AIR_HU
+    waiting: dict[tuple[int, int, int], _Batch] = {}
+    start = time.perf_counter()
+
+    def prepare(position: int) -> _Scan:
+        return _prepare_scan(dataset[position], position, config, asked, rule)
+
+    with inference(model, dtype):
+        scans = _read_ahead(prepare, num_rows, num_workers)
+        for scan in tqdm(scans, total=num_rows, desc="scans", unit="scan", disable=not progress):
+            result.scans.loc[scan.position] = [scan.identity[column] for column in SCAN_COLUMNS]
+            result.labels[scan.position] = scan.labels
+            for window, organ_indices, token_mask in scan.windows:
+                result.is_present[scan.position, organ_indices] = True
+                result.is_complete[scan.position, organ_indices] = scan.is_complete[organ_indices]
+                batch = waiting.setdefault(window.size, _Batch())
+                batch.volumes.append(window.take(scan.volume, padding_hu))
+                batch.token_masks.append(token_mask)
+                batch.targets.append((scan.position, organ_indices))
+                if len(batch.volumes) == batch_size:
+                    _forward(model, waiting.pop(window.size), result)
+            # Odd sizes must not pile up in memory: past four batches' worth the fullest goes as it is.
+            while sum(len(batch.volumes) for batch in waiting.values()) > 4 * batch_size:
+                _forward(model, waiting.pop(max(waiting, key=lambda size: len(waiting[size].volumes))), result)
+        for batch in waiting.values():
+            _forward(model, batch, result)
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+@contextmanager
+def inference(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Evaluation mode without gradients, autocast to `dtype` if given; the model's mode is put back at the end."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _read_ahead(prepare, count: int, num_workers: int) -> Iterator[_Scan]:
+    """`prepare(0) ... prepare(count - 1)` in order, `num_workers + 1` of them ahead of the caller."""
+    with ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
+        pending = [pool.submit(prepare, position) for position in range(min(count, num_workers + 1))]
+        try:
+            for position in range(count):
+                scan = pending.pop(0).result()
+                if (ahead := position + num_workers + 1) < count:
+                    pending.append(pool.submit(prepare, ahead))
+                yield scan
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _prepare_scan(row: dict, position: int, config, asked: list[int], rule: WindowRule) -> _Scan:
+    """(1) Decode one row and find its windows."""
+    # Resampling keeps the extent in whole voxels, so the exact spacing may be off by up to a voxel over the scan.
+    deviation = np.abs(np.asarray(row["spacing"]) / np.asarray(config.spacing) - 1)
+    if (deviation > 1 / np.asarray(row["shape"]) + 2e-3).any():
+        raise EvaluationError(
+            f"{row['recon_id']}: stored at spacing {[round(float(mm), 4) for mm in row['spacing']]} mm (depth, height, "
+            f"width), but the model reads {list(config.spacing)}. Build the split at the model's spacing."
+        )
+    volume, mask = decode_volume(row)
+    num_organs = len(config.organs)
+    if mask.max(initial=0) > num_organs:
+        raise EvaluationError(
+            f"{row['recon_id']}: its mask holds label {mask.max()}, but the model knows {num_organs} organs. Build the "
+            f"split with the model's organ set '{config.organ_set}'."
+        )
+    boxes = organ_boxes(mask, num_organs)
+    boxes = [box if organ_index in asked else None for organ_index, box in enumerate(boxes)]
+    windows = [
+        (window, organ_indices, organ_token_mask(window.take(mask, 0), num_organs, rule.patch_size))
+        for window, organ_indices in organ_windows(boxes, mask.shape, rule).items()
+    ]
+    whole = tuple(slice(0, edge) for edge in mask.shape)
+    return _Scan(
+        position=position,
+        identity={column: row[column] for column in SCAN_COLUMNS},
+        labels={label["finding"]: int(label["value"]) for label in row["labels"] or []},
+        volume=volume,
+        is_complete=organs_in_crop(mask, whole, num_organs, config.completeness, config.min_organ_voxels),
+        windows=windows,
+    )
+
+
+def _forward(model: PreTrainedModel, batch: _Batch, result: SplitEmbeddings) -> None:
+    """(2), (3) Run one batch and keep of each window the organs that it was made for."""
+    token_mask = torch.from_numpy(np.stack(batch.token_masks)).to(model.device)  # (batch, organs, tokens)
+    features = model.get_organ_features(
+        volume=torch.from_numpy(np.stack(batch.volumes)).to(model.device),  # (batch, depth, height, width) int16
+        organ_token_mask=token_mask,
+        organ_is_complete=token_mask.any(dim=-1),  # completeness is judged on the stored volume, not on a window
+    )
+    image_embeds = features.image_embeds.float().cpu().numpy()
+    for embeds, (position, organ_indices) in zip(image_embeds, batch.targets):
+        result.image_embeds[position, organ_indices] = embeds[organ_indices]
+    result.num_windows += len(batch.volumes)
+    result.num_batches += 1

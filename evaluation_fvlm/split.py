@@ -1,0 +1,102 @@
+"""Opening a processed split for evaluation, choosing its rows, and refusing one that was made for another model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import PreTrainedConfig
+
+from evaluation_fvlm.errors import EvaluationError
+from modeling_fvlm.processed_split import load_rows
+
+LEVELS = ("scan", "reconstruction")
+
+
+def open_split(data: str, split: str, revision: str | None = None) -> Dataset:
+    """The rows of config `volumes` of a processed split, from a folder or the Hub.
+
+    Raises:
+        EvaluationError: If the folder is no processed split, or has no split of that name.
+    """
+    folder = Path(data)
+    if folder.is_dir() and not (folder / "README.md").is_file():
+        raise EvaluationError(
+            f"{folder} is no processed split: it has no README.md that names its configs. Build one with "
+            f"`python -m data_builders --help`."
+        )
+    try:
+        return load_rows(data, split, revision)
+    except ValueError as error:  # datasets names the splits or configs that exist
+        raise EvaluationError(f"{data}, config 'volumes', split '{split}': {error}") from error
+
+
+def read_manifest(data: str, revision: str | None = None) -> dict:
+    """`manifest.json` of a processed split: without it the meaning of a mask's labels is not known.
+
+    Raises:
+        EvaluationError: If there is none.
+    """
+    path = Path(data) / "manifest.json"
+    if not Path(data).is_dir():
+        try:
+            path = Path(hf_hub_download(data, "manifest.json", repo_type="dataset", revision=revision))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            raise EvaluationError(
+                f"{data} is no folder, and no data set on the Hub with a manifest.json: {error}"
+            ) from error
+    elif not path.is_file():
+        raise EvaluationError(
+            f"{data} has no manifest.json, so its organs cannot be checked against the model's. Give the folder that "
+            f"`python -m data_builders ... --out` wrote, the one that holds README.md and volumes/."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_split_matches(manifest: dict, config: PreTrainedConfig, where: str) -> None:
+    """Refuse a split whose organs or spacing are not the model's: its labels would mean other organs.
+
+    Raises:
+        EvaluationError: Naming the first difference and both values.
+    """
+    settings = manifest["settings"]
+    organs, expected = list(settings["organ_set"]["organs"]), list(config.organs)
+    if organs != expected:
+        place = next((n for n, (a, b) in enumerate(zip(organs, expected)) if a != b), min(len(organs), len(expected)))
+        raise EvaluationError(
+            f"{where} was prepared for {len(organs)} organs, the model has {len(expected)}; they differ from label "
+            f"{place + 1} on: {organs[place : place + 3]} against {expected[place : place + 3]}. Build the split with "
+            f"the model's organ set '{config.organ_set}', or choose a model trained on these organs."
+        )
+    if not np.allclose(settings["spacing"], config.spacing, rtol=0, atol=1e-3):
+        raise EvaluationError(
+            f"{where} was prepared at spacing {list(settings['spacing'])} mm (depth, height, width), the model reads "
+            f"{list(config.spacing)}. Build the split at the model's spacing."
+        )
+
+
+def select_scans(dataset: Dataset, level: str = "scan", limit: int | None = None) -> Dataset:
+    """Rows to score: the first reconstruction of every scan, or every reconstruction.
+
+    A scan's reconstructions show one examination; scored one by one they count a patient several times and make the
+    AUC look surer than it is. "First" is by `recon_id`, so the choice does not hang on the order of the shards.
+
+    Args:
+        level: "scan" (one row each) or "reconstruction" (all; what the published CT-RATE numbers count).
+        limit: Only the first so many rows of the choice, in the split's order.
+    """
+    if level not in LEVELS:
+        raise EvaluationError(f"level '{level}' is not one of {list(LEVELS)}.")
+    rows = list(range(len(dataset)))
+    if level == "scan":
+        first: dict[str, int] = {}
+        scan_ids, recon_ids = dataset["scan_id"], dataset["recon_id"]
+        for row, scan_id in enumerate(scan_ids):
+            if scan_id not in first or recon_ids[row] < recon_ids[first[scan_id]]:
+                first[scan_id] = row
+        rows = sorted(first.values())
+    return dataset.select(rows[:limit])

@@ -1,0 +1,202 @@
+"""Zero-shot tasks: versioned sets of prompts, read from YAML and checked before anything is scored.
+
+A task is data, not code (STYLE.md, section 9): every item names a finding as the split's label column spells it, the
+organ whose embedding is asked, and the sentences that assert and deny the finding. Sets that ship with the project lie
+in `hub_configs/prompts/`; a user's own file is named by its path.
+
+    name: my_findings
+    version: 1
+    source: "where findings and wording come from"
+    changes: {1: "first version"}
+    items:
+      - {finding: "Pleural effusion", organ: "lung", positive: "Pleural effusion.", negative: "No pleural effusion."}
+
+Several sentences make an ensemble: `positive: ["Pleural effusion.", "There is pleural effusion."]`. The i-th positive
+is set against the i-th negative sentence, so both lists are equally long, or one of them holds a single sentence that
+serves for all.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from evaluation_fvlm.errors import EvaluationError
+from modeling_fvlm.organs import nearest_name
+
+PROMPTS_DIR = Path(__file__).resolve().parent.parent / "hub_configs" / "prompts"
+
+_TASK_KEYS = {"name", "version", "source", "changes", "items"}
+_ITEM_KEYS = {"finding", "organ", "positive", "negative"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One finding of a task. `positive` and `negative` are equally long: sentence i of one against i of the other."""
+
+    finding: str
+    organ: str
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt set. `digest` is over what moves a score, so an edit without a new version shows in the results."""
+
+    name: str
+    version: int
+    source: str
+    items: tuple[Item, ...]
+
+    @property
+    def findings(self) -> list[str]:
+        return [item.finding for item in self.items]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every sentence once, in the order of first use."""
+        return list(dict.fromkeys(text for item in self.items for text in (*item.negative, *item.positive)))
+
+    @property
+    def digest(self) -> str:
+        content = "\n".join(repr((item.finding, item.organ, item.positive, item.negative)) for item in self.items)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def available_tasks() -> list[str]:
+    """Names of the prompt sets that ship with the project."""
+    return sorted(path.stem for path in PROMPTS_DIR.glob("*.yaml"))
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """Read one prompt set.
+
+    Args:
+        name_or_path: A name from `available_tasks()`, or the path of a YAML file.
+
+    Raises:
+        EvaluationError: If there is no such set, or its content breaks a rule of this module's docstring; the message
+            names the file and the item.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PROMPTS_DIR / f"{name_or_path}.yaml"
+        if not path.is_file():
+            raise EvaluationError(
+                f"no prompt set named '{name_or_path}'; there are {available_tasks()}"
+                f"{nearest_name(str(name_or_path), available_tasks())}. A set of your own is named "
+                f"by its path, ending in .yaml."
+            )
+    if not path.is_file():
+        raise EvaluationError(f"prompt set {path} does not exist.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise EvaluationError(f"prompt set {path} is not readable YAML: {error}") from error
+    return _task_from_content(content, str(path))
+
+
+def check_task_organs(task: Task, organs: Sequence[str]) -> None:
+    """Refuse a task that asks for an organ the model has no embedding of."""
+    for item in task.items:
+        if item.organ not in organs:
+            raise EvaluationError(
+                f"task '{task.name}', finding '{item.finding}': organ '{item.organ}' is not in config.organs "
+                f"{list(organs)}{nearest_name(item.organ, organs)}. Name one of the model's organs, or choose "
+                f"a task made for them."
+            )
+
+
+def check_task_labels(task: Task, findings: Iterable[str]) -> list[str]:
+    """Findings of the task that the split has no label for, in the task's order.
+
+    Raises:
+        EvaluationError: If the split labels none of them: nothing could be measured.
+    """
+    labelled = sorted(set(findings))
+    missing = [finding for finding in task.findings if finding not in labelled]
+    if len(missing) == len(task.items):
+        some = labelled[:5] + ["..."] * (len(labelled) > 5)
+        raise EvaluationError(
+            f"task '{task.name}': none of its findings is among the split's {len(labelled)} labels {some}"
+            f"{nearest_name(missing[0], labelled)}. Spell the findings as the `labels` column does, or "
+            f"choose another task."
+        )
+    return missing
+
+
+def _task_from_content(content: object, where: str) -> Task:
+    _check_keys(content, _TASK_KEYS, where)
+    version = content["version"]
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise EvaluationError(f"{where}: version {version!r} must be a whole number from 1 on.")
+    if not isinstance(content["changes"], dict) or version not in content["changes"]:
+        raise EvaluationError(
+            f"{where}: changes must say what version {version} changed, as `changes: {{{version}: ...}}`."
+        )
+    if not isinstance(content["items"], list) or not content["items"]:
+        raise EvaluationError(f"{where}: items must be a list with at least one finding.")
+
+    items = tuple(_item_from_content(item, f"{where}, item {n}") for n, item in enumerate(content["items"], start=1))
+    findings = [item.finding for item in items]
+    repeated = sorted({finding for finding in findings if findings.count(finding) > 1})
+    if repeated:
+        raise EvaluationError(f"{where}: findings {repeated} appear more than once; keep one item each.")
+    name, source = (_text(content[key], key, where) for key in ("name", "source"))
+    return Task(name=name, version=version, source=source, items=items)
+
+
+def _item_from_content(content: object, where: str) -> Item:
+    _check_keys(content, _ITEM_KEYS, where)
+    finding, organ = (_text(content[key], key, where) for key in ("finding", "organ"))
+    where = f"{where} ('{finding}')"
+    positive, negative = (_texts(content[key], key, where) for key in ("positive", "negative"))
+    length = max(len(positive), len(negative))
+    if not {len(positive), len(negative)} <= {1, length}:
+        raise EvaluationError(
+            f"{where}: {len(positive)} positive against {len(negative)} negative sentences; sentence i of one is set "
+            f"against sentence i of the other, so give equally many, or a single one on one side."
+        )
+    positive, negative = (texts * length if len(texts) == 1 else texts for texts in (positive, negative))
+    pairs = list(zip(positive, negative))
+    if len(set(pairs)) < len(pairs):
+        raise EvaluationError(
+            f"{where}: a pair of sentences appears more than once; it would count double in the mean."
+        )
+    same = [text for text, other in pairs if text == other]
+    if same:
+        raise EvaluationError(
+            f"{where}: {same[0]!r} stands as positive and as negative: its score is 0.5 for every scan."
+        )
+    return Item(finding, organ, positive, negative)
+
+
+def _check_keys(content: object, expected: set[str], where: str) -> None:
+    if not isinstance(content, dict):
+        raise EvaluationError(
+            f"{where}: expected a mapping with the keys {sorted(expected)}, got {type(content).__name__}."
+        )
+    for key in content:
+        if key not in expected:
+            hint = nearest_name(str(key), sorted(expected))
+            raise EvaluationError(f"{where}: unknown key '{key}'{hint}; the keys are {sorted(expected)}.")
+    missing = sorted(expected - set(content))
+    if missing:
+        raise EvaluationError(f"{where}: the keys {missing} are missing.")
+
+
+def _text(value: object, key: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        # A bare `no`, `12` or `null` is no text to YAML.
+        raise EvaluationError(f"{where}: {key} {value!r} is not a text; put it in quotes.")
+    return value
+
+
+def _texts(value: object, key: str, where: str) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise EvaluationError(f"{where}: {key} is an empty list; give at least one sentence.")
+    return tuple(_text(text, key, where) for text in values)

@@ -1,0 +1,458 @@
+"""Geometry of volumes and masks: orientation, resampling, boxes, crops, windows, and organs on the patch grid.
+
+Arrays are `(depth, height, width)` in LPS: width grows to the patient's left, height to posterior, depth to superior.
+Spacing is in mm in the same axis order. Volumes are int16 HU, masks are uint8 label maps with 0 for background and
+`organ_index + 1` for organs. Everything here is numpy and works on one scan; builders, trainer and pipeline all call
+it, so that training and inference cannot drift apart. The chain for one scan is
+
+    (1) `orient_to_lps`                                  any NIfTI orientation -> LPS
+    (2) `resample_mask`, `organ_box`, `resample_volume`  onto the model's spacing, inside the box of the organs
+    (3) `crop_start`, `crop_or_pad`                      the fixed size the network reads
+    (4) `window_volume`, `organ_token_mask`, `organ_is_complete`
+
+Source of the recipe (box margins, extent-preserving resampling, occupancy by max-pooling, border rule): Shui et al.,
+ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D. Where the released code is at fault it departs: axes and spacing
+follow the affine (not the absolute values of its diagonal), margins are the same on both sides.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+
+import numpy as np
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+AIR_HU = -1024  # what lies outside the scan
+AXES = ("depth", "height", "width")
+
+# Cosine between two voxel axes from which an affine counts as sheared. Headers keep float32 (errors of 1e-7) and some
+# writers three decimals; a gantry tilt of one degree, the smallest in use, gives 0.017.
+MAX_AXIS_COSINE = 5e-3
+# Above this rotation the closest axes are a poor stand-in for the body's axes.
+MAX_QUIET_ROTATION_DEGREES = 20.0
+
+
+class BadVolumeError(ValueError):
+    """A volume or mask that cannot be used as it is; the message says what is wrong and how to mend it."""
+
+
+# (1) Orientation
+
+
+def orient_to_lps(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float], np.ndarray]:
+    """Turn an array with any axis order into `(depth, height, width)` LPS.
+
+    Axes are permuted and flipped, never interpolated: an oblique scan goes to the closest body axes.
+
+    Args:
+        array: 3-D array whose voxel (i, j, k) lies at `affine @ (i, j, k, 1)`.
+        affine: 4 x 4, voxel indices to mm in RAS+ (x to the right, y to anterior, z to superior), as nibabel gives it.
+
+    Returns:
+        The turned array (a view, nothing is copied), its spacing in mm along (depth, height, width), and its affine
+        from (depth, height, width) indices to mm, still RAS+.
+
+    Raises:
+        BadVolumeError: If the array is not 3-D or empty, or the affine is not finite, has zero spacing or shear.
+    """
+    array, affine = np.asanyarray(array), np.asarray(affine, dtype=np.float64)
+    if array.ndim != 3:
+        hint = "pick one of its volumes" if array.ndim > 3 else "stack the slices of the series into one volume"
+        raise BadVolumeError(f"needs a 3-D array, got {array.ndim}-D with shape {array.shape}; {hint}.")
+    if 0 in array.shape:
+        raise BadVolumeError(f"the array is empty: shape {array.shape}.")
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise BadVolumeError(f"the affine must be 4 x 4 and finite, got {affine.tolist()}; repair the header.")
+    axes = affine[:3, :3]
+    voxel_size = np.linalg.norm(axes, axis=0)
+    if (voxel_size < 1e-6).any():
+        raise BadVolumeError(f"zero spacing: the affine has voxel sizes {voxel_size.tolist()} mm; repair the header.")
+    direction = axes / voxel_size  # columns are unit vectors in RAS+
+    cosines = (direction.T @ direction)[np.triu_indices(3, k=1)]
+    if np.abs(cosines).max() > MAX_AXIS_COSINE:
+        angle = np.degrees(np.arccos(np.abs(cosines).max()))
+        raise BadVolumeError(
+            f"the affine is sheared: two voxel axes meet at {angle:.1f} degrees (a tilted gantry does that). Resample "
+            "the volume onto a grid with right angles first."
+        )
+
+    # The array axis for each world axis (x, y, z): the assignment with the largest total alignment. Taking the largest
+    # component of each row could choose one array axis twice.
+    axis_of_world = max(permutations(range(3)), key=lambda order: np.abs(direction[range(3), order]).sum())
+    rotation = np.degrees(np.arccos(min(np.abs(direction[range(3), axis_of_world]).min(), 1.0)))
+    if rotation > MAX_QUIET_ROTATION_DEGREES:
+        logger.warning(
+            f"the scan is turned by {rotation:.0f} degrees against the body axes and is read along the closest ones; "
+            "resample it onto straight axes if that is not meant."
+        )
+    order = axis_of_world[::-1]  # depth is z, height is y, width is x
+    turned = array.transpose(order)
+    new_affine = np.eye(4)
+    new_affine[:3, :3] = axes[:, order]
+    new_affine[:3, 3] = affine[:3, 3]
+    # RAS+ wanted signs: z grows with depth, y falls with height, x falls with width.
+    for axis, (world, sign) in enumerate(((2, 1), (1, -1), (0, -1))):
+        if direction[world, order[axis]] * sign < 0:
+            turned = np.flip(turned, axis)
+            new_affine[:3, 3] += new_affine[:3, axis] * (array.shape[order[axis]] - 1)
+            new_affine[:3, axis] *= -1
+    spacing = tuple(float(voxel_size[axis]) for axis in order)
+    return turned, spacing, new_affine
+
+
+# (2) Resampling and boxes
+
+
+def resampled_shape(
+    shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]
+) -> tuple[int, int, int]:
+    """Shape on the new spacing: the whole voxels that fit into the extent, at least one."""
+    for name, values in (("spacing", spacing), ("new_spacing", new_spacing)):
+        if len(values) != 3 or not all(np.isfinite(value) and value > 0 for value in values):
+            raise BadVolumeError(f"{name} must be three positive numbers in mm, got {tuple(values)}.")
+    # Headers hold float32: 120 x 1.4999999 / 1.0 must stay 180.
+    return tuple(max(1, int(np.floor(size * old / new + 1e-3))) for size, old, new in zip(shape, spacing, new_spacing))
+
+
+def resampled_spacing(
+    shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]
+) -> tuple[float, float, float]:
+    """The exact spacing after resampling: the extent is kept, so it differs a little from `new_spacing`."""
+    new_shape = resampled_shape(shape, spacing, new_spacing)
+    return tuple(float(size * old / new) for size, old, new in zip(shape, spacing, new_shape))
+
+
+def resample_volume(
+    volume: np.ndarray,
+    spacing: Sequence[float],
+    new_spacing: Sequence[float],
+    box: Sequence[slice] | None = None,
+) -> np.ndarray:
+    """Resample a volume by trilinear interpolation, keeping its physical extent.
+
+    Voxels are cells: the outer faces of the first and last cell stay where they are, so the centre of output voxel `i`
+    lies at `(i + 0.5) * size / new_size - 0.5` of the input (`align_corners=False`). Interpolation runs slice by
+    slice and axis by axis in float32, on the rows and columns of the box alone; with and without a box every voxel is
+    computed from the same numbers in the same order, so the two are equal bit for bit.
+
+    Args:
+        volume: HU `(depth, height, width)`.
+        spacing: Its voxel size in mm.
+        new_spacing: The wanted voxel size in mm.
+        box: Slices on the OUTPUT grid; only this part is computed.
+
+    Returns:
+        int16 HU of the output grid (or of the box), rounded to the nearest integer.
+    """
+    new_shape = resampled_shape(volume.shape, spacing, new_spacing)
+    box = _full_box(new_shape) if box is None else _checked_box(box, new_shape)
+    if tuple(new_shape) == tuple(volume.shape):
+        return _to_int16(volume[box])
+    (z0, z1, z_weight), (y0, y1, y_weight), (x0, x1, x_weight) = (
+        _linear_taps(size, new_size, part) for size, new_size, part in zip(volume.shape, new_shape, box)
+    )
+    # Rows and columns that no output voxel reads are left out before anything is computed.
+    rows, columns = slice(y0[0], y1[-1] + 1), slice(x0[0], x1[-1] + 1)
+    y0, y1, x0, x1 = y0 - rows.start, y1 - rows.start, x0 - columns.start, x1 - columns.start
+    output = np.empty(tuple(part.stop - part.start for part in box), dtype=np.int16)
+    slices: dict[int, np.ndarray] = {}  # the input slices of the current output slice, as float32
+    for index, (below, above, weight) in enumerate(zip(z0.tolist(), z1.tolist(), z_weight)):
+        slices = {z: slices[z] if z in slices else volume[z, rows, columns].astype(np.float32) for z in {below, above}}
+        plane = slices[below] if weight == 0 else slices[below] + weight * (slices[above] - slices[below])
+        plane = _interpolate(plane, y0, y1, y_weight[:, None], axis=0)
+        plane = _interpolate(plane, x0, x1, x_weight, axis=1)
+        output[index] = np.rint(plane)
+    return output
+
+
+def resample_mask(
+    mask: np.ndarray,
+    spacing: Sequence[float],
+    new_spacing: Sequence[float],
+    box: Sequence[slice] | None = None,
+) -> np.ndarray:
+    """Resample a label map to the same grid as `resample_volume`, taking the nearest voxel's label (uint8)."""
+    new_shape = resampled_shape(mask.shape, spacing, new_spacing)
+    box = _full_box(new_shape) if box is None else _checked_box(box, new_shape)
+    for axis, (size, new_size, part) in enumerate(zip(mask.shape, new_shape, box)):
+        if size == new_size:
+            mask = mask[(slice(None),) * axis + (part,)]
+        else:
+            # The input cell that holds the output voxel's centre.
+            centres = (np.arange(part.start, part.stop) + 0.5) * (size / new_size)
+            mask = np.take(mask, np.minimum(centres.astype(np.intp), size - 1), axis=axis)
+    return np.array(mask, dtype=np.uint8, order="C")
+
+
+def _full_box(shape: Sequence[int]) -> tuple[slice, slice, slice]:
+    return tuple(slice(0, size) for size in shape)
+
+
+def _checked_box(box: Sequence[slice], shape: Sequence[int]) -> tuple[slice, slice, slice]:
+    for name, part, size in zip(AXES, box, shape):
+        if not 0 <= part.start < part.stop <= size or part.step not in (None, 1):
+            raise ValueError(f"box {name} {part} does not lie within the {size} voxels of the resampled grid.")
+    return tuple(slice(int(part.start), int(part.stop)) for part in box)
+
+
+def _linear_taps(size: int, new_size: int, part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lower index, upper index and float32 weight of the upper one, for each output voxel of `part`."""
+    position = (np.arange(part.start, part.stop, dtype=np.float64) + 0.5) * (size / new_size) - 0.5
+    position = np.clip(position, 0, size - 1)  # beyond the outer centres the outer voxel goes on
+    lower = position.astype(np.intp)
+    return lower, np.minimum(lower + 1, size - 1), (position - lower).astype(np.float32)
+
+
+def _interpolate(plane: np.ndarray, lower: np.ndarray, upper: np.ndarray, weight: np.ndarray, axis: int) -> np.ndarray:
+    if not weight.any() and lower.size == plane.shape[axis]:
+        return plane  # this axis keeps its grid
+    start = plane.take(lower, axis)
+    step = plane.take(upper, axis)
+    step -= start
+    step *= weight
+    step += start
+    return step
+
+
+def _to_int16(volume: np.ndarray) -> np.ndarray:
+    """A fresh, contiguous int16 copy; other types are rounded and clipped."""
+    if volume.dtype == np.int16:
+        return np.array(volume, order="C")
+    limits = np.iinfo(np.int16)
+    return np.clip(np.rint(volume), limits.min, limits.max).astype(np.int16, order="C")
+
+
+def organ_box(mask: np.ndarray, margin_voxels: Sequence[int] = (0, 0, 0)) -> tuple[slice, slice, slice]:
+    """The smallest box with all labels, widened by a margin on both sides and clipped to the array.
+
+    Raises:
+        BadVolumeError: If the mask is empty.
+    """
+    # One pass over the memory, then small reductions: `any` along two axes at a time would read the mask three times.
+    rows = mask.any(axis=2)  # (depth, height)
+    depths, heights = rows.any(axis=1), rows.any(axis=0)
+    if not depths.any():
+        raise BadVolumeError("the mask holds no organ: every label is background.")
+    z, y = _span(depths), _span(heights)
+    x = _span(mask[z, y].any(axis=(0, 1)))
+    return tuple(
+        slice(max(0, part.start - int(margin)), min(size, part.stop + int(margin)))
+        for part, size, margin in zip((z, y, x), mask.shape, margin_voxels)
+    )
+
+
+def _span(occupied: np.ndarray) -> slice:
+    indices = np.flatnonzero(occupied)
+    return slice(int(indices[0]), int(indices[-1]) + 1)
+
+
+# (3) Crops
+
+
+def crop_start(
+    shape: Sequence[int],
+    size: Sequence[int],
+    center: Sequence[int] | None = None,
+    generator: np.random.Generator | None = None,
+) -> tuple[int, int, int]:
+    """The first voxel of a crop of `size`: around `center`, else drawn from `generator`, else in the middle.
+
+    A crop never leaves the array on an axis where the array is large enough; where it is smaller the array stands in
+    the middle of the crop and the start is negative.
+    """
+    starts = []
+    for axis, (extent, edge) in enumerate(zip(shape, size)):
+        if extent <= edge:
+            starts.append(-((edge - extent) // 2))
+        elif center is not None:
+            starts.append(min(max(int(center[axis]) - edge // 2, 0), extent - edge))
+        elif generator is not None:
+            starts.append(int(generator.integers(0, extent - edge, endpoint=True)))
+        else:
+            starts.append((extent - edge) // 2)
+    return tuple(starts)
+
+
+def crop_inside(shape: Sequence[int], start: Sequence[int], size: Sequence[int]) -> tuple[slice, slice, slice]:
+    """The part of the array that a crop covers: its slices without the padding."""
+    inside = tuple(slice(max(0, low), min(extent, low + edge)) for extent, low, edge in zip(shape, start, size))
+    for name, part, extent in zip(AXES, inside, shape):
+        if part.start >= part.stop:
+            raise ValueError(f"the crop lies outside the array: {name} {part} of {extent} voxels.")
+    return inside
+
+
+def crop_or_pad(array: np.ndarray, start: Sequence[int], size: Sequence[int], value: int) -> np.ndarray:
+    """Cut `size` voxels from `start` on out of the last three axes; what lies outside the array becomes `value`."""
+    shape = array.shape[-3:]
+    inside = crop_inside(shape, start, size)
+    if all(part.stop - part.start == edge for part, edge in zip(inside, size)):
+        return np.array(array[(..., *inside)], order="C")
+    output = np.full((*array.shape[:-3], *size), value, dtype=array.dtype)
+    output[(..., *(slice(part.start - low, part.stop - low) for part, low in zip(inside, start)))] = array[
+        (..., *inside)
+    ]
+    return output
+
+
+def organ_window(
+    box: Sequence[slice], shape: Sequence[int], size: Sequence[int], patch_size: Sequence[int]
+) -> tuple[tuple[slice, slice, slice], tuple[int, int, int]]:
+    """Where the network looks when one organ is asked: a window of `size` centred on the organ's box.
+
+    Along each axis the window is as long as `size`, or as the organ where that is longer. It is moved inside the array
+    where it would leave it, and is never longer than the array; so neighbouring organs often share one window.
+
+    Args:
+        box: Tight box of the organ (`organ_box` without margin).
+        shape: Shape of the prepared scan.
+        size: The network's crop in voxels.
+        patch_size: Patch edges; the padded size is a multiple of them.
+
+    Returns:
+        The window as slices of the array, and the size to which `crop_or_pad` pads it (evenly on both sides).
+    """
+    window, padded = [], []
+    for part, extent, wanted, patch in zip(box, shape, size, patch_size):
+        length = min(max(wanted, part.stop - part.start), extent)
+        start = min(max((part.start + part.stop - length) // 2, 0), extent - length)
+        window.append(slice(start, start + length))
+        needed = max(length, wanted)
+        padded.append(needed + -needed % patch)
+    return tuple(window), tuple(padded)
+
+
+# (4) What the network reads
+
+
+def window_volume(volume: np.ndarray, windows: Sequence[Mapping[str, float]]) -> np.ndarray:
+    """Map HU to network input, one channel a window: clip (v - hu_min) / (hu_max - hu_min) to [0, 1], (x - mean) / std.
+
+    Args:
+        volume: HU `(depth, height, width)`.
+        windows: Dicts with `hu_min`, `hu_max`, `mean`, `std`.
+
+    Returns:
+        float32 `(channels, depth, height, width)`.
+    """
+    output = np.empty((len(windows), *volume.shape), dtype=np.float32)
+    for channel, window in zip(output, windows):
+        low, high = window["hu_min"], window["hu_max"]
+        if not low < high or window["std"] == 0:
+            raise ValueError(f"window {dict(window)}: hu_min must lie below hu_max, and std must not be 0.")
+        np.subtract(volume, np.float32(low), out=channel)
+        channel /= np.float32(high - low)
+        np.clip(channel, 0, 1, out=channel)
+        if window["mean"] != 0:
+            channel -= np.float32(window["mean"])
+        if window["std"] != 1:
+            channel /= np.float32(window["std"])
+    return output
+
+
+def organ_token_mask(mask: np.ndarray, num_organs: int, patch_size: Sequence[int]) -> np.ndarray:
+    """Tell, for every organ, which patches hold at least one of its voxels.
+
+    The same as max-pooling each organ's binary mask over the patch grid, so an organ thinner than a patch (the
+    esophagus) keeps its tokens and one token may belong to several organs. Done in one pass for all organs: a lookup
+    table turns each label into a word with the organ's bit, and the words are OR-ed over each patch.
+
+    Args:
+        mask: Label map `(depth, height, width)`, 0 is background, `organ_index + 1` otherwise.
+        num_organs: At most 64.
+        patch_size: Patch edges in voxels along (depth, height, width).
+
+    Returns:
+        Boolean `(num_organs, num_tokens)`, tokens in patch-embedding order (width fastest).
+
+    Raises:
+        ValueError: If an edge is no multiple of its patch, or a label is above `num_organs`.
+    """
+    mask = _checked_labels(mask, num_organs)
+    for name, size, patch in zip(AXES, mask.shape, patch_size):
+        if size % patch:
+            raise ValueError(
+                f"mask {name} {size} is not a multiple of patch {patch}; pad it to {size + -size % patch}."
+            )
+    word = next(np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64) if bits >= num_organs)
+    bit_of_label = np.zeros(num_organs + 1, dtype=word)
+    bit_of_label[1:] = np.left_shift(word.type(1), np.arange(num_organs, dtype=word))
+    grid = tuple(size // patch for size, patch in zip(mask.shape, patch_size))
+    _, height, width = patch_size
+    words = np.empty(grid, dtype=word)
+    for index, slab in enumerate(mask.reshape(grid[0], patch_size[0], *mask.shape[1:])):  # one row of patches in depth
+        plane = np.bitwise_or.reduce(bit_of_label[slab], axis=0)
+        rows = np.bitwise_or.reduce(plane.reshape(grid[1], height, mask.shape[2]), axis=1)
+        words[index] = np.bitwise_or.reduce(rows.reshape(grid[1], grid[2], width), axis=2)
+    return (words.reshape(1, -1) & bit_of_label[1:, None]) != 0
+
+
+def organ_is_complete(mask: np.ndarray, num_organs: int, min_voxels: int = 1) -> np.ndarray:
+    """Tell which organs are present (at least `min_voxels`) and not cut: no voxel on any of the six faces.
+
+    The caption of an organ speaks of the whole organ, so a part of it is no positive example. Give the part of the
+    scan that the crop covers WITHOUT its padding (`crop_inside`): padding would hide that the scan itself cuts the
+    organ.
+
+    Args:
+        mask: Label map `(depth, height, width)`, 0 is background, `organ_index + 1` otherwise.
+
+    Returns:
+        Boolean `(num_organs,)`.
+    """
+    mask = _checked_labels(mask, num_organs)
+    is_cut = np.zeros(num_organs + 1, dtype=bool)
+    for axis in range(3):
+        for face in (0, -1):
+            is_cut[np.take(mask, face, axis=axis)] = True
+    return (organ_voxels(mask, num_organs) >= max(1, min_voxels)) & ~is_cut[1:]
+
+
+def organs_in_crop(
+    mask: np.ndarray,
+    inside: Sequence[slice],
+    num_organs: int,
+    completeness: str = "border",
+    min_voxels: int = 1,
+) -> np.ndarray:
+    """Tell which organs of a scan a crop shows well enough to be contrasted, by the config's rule.
+
+    Args:
+        mask: Label map of the scan as it was prepared.
+        inside: The part of it that the crop covers, from `crop_inside`.
+        completeness: "border": the organ touches no face of the crop nor of the scan, and none of its voxels lies
+            outside the crop (of two kidneys one may be left out without the other touching a face; the caption speaks
+            of both). "min_voxels": at least `min_voxels` lie in the crop, whatever the faces say.
+        min_voxels: Fewest voxels of an organ that counts, under either rule.
+
+    Returns:
+        Boolean `(num_organs,)`.
+    """
+    part = mask[tuple(inside)]
+    if completeness == "min_voxels":
+        return organ_voxels(part, num_organs) >= max(1, min_voxels)
+    is_whole = organ_is_complete(part, num_organs, min_voxels)
+    if part.shape != mask.shape:
+        is_whole &= organ_voxels(part, num_organs) == organ_voxels(mask, num_organs)
+    return is_whole
+
+
+def organ_voxels(mask: np.ndarray, num_organs: int) -> np.ndarray:
+    """Voxels of each organ in a label map, int64 `(num_organs,)`."""
+    # Slice by slice: bincount widens its input to 64 bit, which for a whole scan would not stay in the cache.
+    return sum(np.bincount(plane.ravel(), minlength=num_organs + 1) for plane in _checked_labels(mask, num_organs))[1:]
+
+
+def _checked_labels(mask: np.ndarray, num_organs: int) -> np.ndarray:
+    mask = np.asarray(mask)
+    if mask.ndim != 3:
+        raise ValueError(f"mask must be (depth, height, width), got shape {mask.shape}; give one scan at a time.")
+    if not 1 <= num_organs <= 64:
+        raise ValueError(f"num_organs must be within 1..64, got {num_organs}.")
+    if mask.min() < 0 or mask.max() > num_organs:
+        raise ValueError(
+            f"mask has labels {int(mask.min())}..{int(mask.max())}; with {num_organs} organs they end at {num_organs}. "
+            "Map the segmentation's classes to organs with organ_label_table first."
+        )
+    return mask

@@ -1,0 +1,233 @@
+"""`FVLMImageProcessor`: CT volumes and organ masks, from files or arrays, to what `FVLMModel` reads.
+
+Organs, spacing, margin and HU windows are those of the model's config; a scan takes the same path as in a data builder:
+
+    (1) read, turn to LPS, check           reading
+    (2) labels -> organs, resample, box    preparation
+    (3) crop or pad to `volume_size`       geometry
+    (4) window the HU                      geometry, or the model itself when `window=False`
+"""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+
+import numpy as np
+import torch
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .geometry import AIR_HU, crop_inside, crop_or_pad, crop_start, organ_box, organs_in_crop, window_volume
+from .organs import nearest_name, organ_label_table
+from .preparation import PreparedScan, prepare_scan
+from .reading import mask_from_array, read_affine, read_nifti, read_nifti_mask, volume_from_array
+
+DEFAULT_WINDOW = {"hu_min": -1150.0, "hu_max": 350.0, "mean": 0.0, "std": 1.0}
+
+
+class FVLMImageProcessor(BaseImageProcessor):
+    """Prepare scans for `FVLMModel`.
+
+    Args:
+        organs: Organ names in the order of the model's organ axis.
+        organ_classes: organ -> {numbering: [class names]} (or a plain list), as in an organ set.
+        spacing: mm between voxel centres along (depth, height, width).
+        windows: HU windows, one a channel: {hu_min, hu_max, mean, std}.
+        volume_size: Crop in voxels along (depth, height, width).
+        patch_size: Patch edges in voxels; every edge of a crop is a multiple of its patch.
+        margin_voxels: Margin around the box of all organs, in voxels of `spacing`.
+        completeness, min_organ_voxels: The model's rule for organs that count as whole.
+    """
+
+    model_input_names = ["pixel_values", "organ_mask", "organ_is_complete"]
+
+    def __init__(
+        self,
+        organs: Sequence[str] | None = None,
+        organ_classes: Mapping | None = None,
+        spacing: Sequence[float] = (3.0, 1.0, 1.0),
+        windows: Sequence[Mapping[str, float]] = (DEFAULT_WINDOW,),
+        volume_size: Sequence[int] = (112, 256, 352),
+        patch_size: Sequence[int] = (16, 16, 32),
+        margin_voxels: Sequence[int] = (5, 20, 20),
+        completeness: str = "border",
+        min_organ_voxels: int = 1,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if not organs:
+            raise ValueError("organs is missing: make the processor with FVLMImageProcessor.from_config(model.config).")
+        # Lists, as they come back from JSON: a saved and loaded processor equals its origin.
+        self.organs = list(organs)
+        self.organ_classes = dict(organ_classes or {})
+        self.spacing = [float(edge) for edge in spacing]
+        self.windows = [dict(window) for window in windows]
+        self.volume_size = list(volume_size)
+        self.patch_size = list(patch_size)
+        self.margin_voxels = list(margin_voxels)
+        self.completeness = completeness
+        self.min_organ_voxels = min_organ_voxels
+
+    @classmethod
+    def from_config(cls, config) -> "FVLMImageProcessor":
+        """Make the processor that belongs to a model."""
+        return cls(
+            organs=config.organs,
+            organ_classes=config.organ_classes,
+            spacing=config.spacing,
+            windows=config.windows,
+            volume_size=config.vision_config.volume_size,
+            patch_size=config.vision_config.patch_size,
+            margin_voxels=config.margin_voxels,
+            completeness=config.completeness,
+            min_organ_voxels=config.min_organ_voxels,
+        )
+
+    def __call__(self, volumes, masks=None, **kwargs) -> BatchFeature:
+        """As `preprocess`."""
+        return self.preprocess(volumes, masks, **kwargs)
+
+    def preprocess(
+        self,
+        volumes,
+        masks=None,
+        affines=None,
+        numbering: str | Mapping[int, str | None] = "totalsegmentator_v2",
+        window: bool = True,
+        center: str | Sequence[int] | None = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Prepare one scan or a list of scans, each cut or padded to `volume_size`.
+
+        Args:
+            volumes: Path of a NIfTI file, 3-D array of HU in any orientation, or `Volume`; or a list of these.
+            masks: Segmentations of the volumes, likewise. An array is taken to lie on the stored array of its volume.
+            affines: For arrays: 4 x 4 voxel-to-mm (RAS+), one or a list. For files: used instead of the header's.
+            numbering: What the labels of the masks mean: a numbering's name, or {label value: class or organ name}.
+            window: Apply the HU windows here. Otherwise the HU are handed over as int16 (a quarter of the memory), and
+                the model applies its own windows.
+            center: Where the crop lies in a scan that is larger: None for the middle, an organ's name for the middle of
+                its box, or a voxel of the prepared scan.
+            return_tensors: "pt" or "np".
+
+        Returns:
+            `pixel_values` float32 (batch, channels, depth, height, width), or without `window` `volume` int16 (batch,
+            depth, height, width); `organ_mask` uint8 (batch, depth, height, width) with `organ_index + 1`;
+            `organ_is_complete` bool (batch, organs), where the scan's own faces cut an organ just as the crop's do.
+            `model.get_organ_features(**features)` takes them as they are.
+
+        Raises:
+            BadVolumeError: With the file's name, if a scan cannot be used. No scan is skipped.
+        """
+        if return_tensors not in ("pt", "np"):
+            raise ValueError(f"return_tensors must be 'pt' or 'np', got {return_tensors!r}.")
+        volumes = _as_list(volumes)
+        masks = [None] * len(volumes) if masks is None else _as_list(masks)
+        affines = _as_affines(affines, len(volumes))
+        if len(masks) != len(volumes):
+            raise ValueError(f"{len(volumes)} volumes came with {len(masks)} masks; give one mask a volume.")
+        crops, organ_masks, complete = [], [], []
+        for volume, mask, affine in zip(volumes, masks, affines):
+            scan = self.prepare(volume, mask, affine, numbering)  # (1), (2)
+            crop, organ_mask, is_complete = self.crop(scan, center)  # (3)
+            crops.append(window_volume(crop, self.windows) if window else crop)  # (4)
+            organ_masks.append(organ_mask)
+            complete.append(is_complete)
+        features = {
+            "pixel_values" if window else "volume": np.stack(crops),
+            "organ_mask": np.stack(organ_masks),
+            "organ_is_complete": np.stack(complete),
+        }
+        if return_tensors == "pt":
+            features = {name: torch.from_numpy(array) for name, array in features.items()}
+        return BatchFeature(features)
+
+    def prepare(
+        self,
+        volume,
+        mask,
+        affine: np.ndarray | None = None,
+        numbering: str | Mapping[int, str | None] = "totalsegmentator_v2",
+    ) -> PreparedScan:
+        """Read one scan and bring it to the model's spacing, cut to the box of its organs; as in `preprocess`."""
+        if mask is None:
+            raise ValueError(
+                "masks is missing: fVLM looks at a scan organ by organ. Segment the volume first, for example with "
+                "`TotalSegmentator -i ct.nii.gz -o mask.nii.gz --ml`, and give that file."
+            )
+        table = organ_label_table(self.organ_classes, self.organs, numbering)
+        if _is_path(volume):
+            read_volume = read_nifti(volume, affine)
+        elif _is_volume(volume):
+            read_volume = volume
+        else:
+            read_volume = volume_from_array(_as_array(volume), _needed(affine, "volume"))
+        if _is_path(mask):
+            read_mask = read_nifti_mask(mask)
+        elif _is_volume(mask):
+            read_mask = mask
+        else:
+            if affine is None and _is_path(volume):
+                affine = read_affine(volume)
+            read_mask = mask_from_array(_as_array(mask), _needed(affine, "mask"))
+        return prepare_scan(read_volume, read_mask, table, self.spacing, self.margin_voxels)
+
+    def crop(
+        self, scan: PreparedScan, center: str | Sequence[int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Cut or pad a prepared scan to `volume_size`: int16 HU, uint8 organ labels, and which organs are whole."""
+        if isinstance(center, str):
+            center = self._organ_center(scan, center)
+        start = crop_start(scan.mask.shape, self.volume_size, center)
+        inside = crop_inside(scan.mask.shape, start, self.volume_size)
+        return (
+            crop_or_pad(scan.volume, start, self.volume_size, AIR_HU),
+            crop_or_pad(scan.mask, start, self.volume_size, 0),
+            organs_in_crop(scan.mask, inside, len(self.organs), self.completeness, self.min_organ_voxels),
+        )
+
+    def _organ_center(self, scan: PreparedScan, organ: str) -> list[int]:
+        if organ not in self.organs:
+            raise ValueError(f"center: organ {organ!r} is not one of {self.organs}{nearest_name(organ, self.organs)}.")
+        is_organ = scan.mask == self.organs.index(organ) + 1
+        if not is_organ.any():
+            raise ValueError(f"center: the scan has no {organ}; take another organ, or None for the middle.")
+        return [(part.start + part.stop) // 2 for part in organ_box(is_organ)]
+
+
+def _is_path(value) -> bool:
+    return isinstance(value, (str, PathLike))
+
+
+def _is_volume(value) -> bool:
+    # By its parts, not its class: code loaded from the Hub has its own copy of `Volume`.
+    return all(hasattr(value, name) for name in ("array", "spacing", "affine"))
+
+
+def _as_list(values) -> list:
+    """One scan or several: a list or tuple is several, anything else one."""
+    return list(values) if isinstance(values, (list, tuple)) else [values]
+
+
+def _as_affines(affines, count: int) -> list:
+    if affines is None:
+        return [None] * count
+    if not isinstance(affines, (list, tuple)) or (len(affines) and np.ndim(affines[0]) == 1):  # one 4 x 4
+        affines = [affines] * count
+    if len(affines) != count:
+        raise ValueError(
+            f"{count} volumes came with {len(affines)} affines; give one a volume, or a single one for all."
+        )
+    return list(affines)
+
+
+def _as_array(value) -> np.ndarray:
+    return value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asanyarray(value)
+
+
+def _needed(affine, what: str) -> np.ndarray:
+    if affine is None:
+        raise ValueError(
+            f"a {what} given as an array needs `affines`: voxel indices to mm in RAS+, as nibabel's `image.affine`. "
+            "Without it nobody knows which end of an axis is the patient's left."
+        )
+    return _as_array(affine)

@@ -1,0 +1,420 @@
+"""fVLM: contrast each organ of a CT with the sentences a report says about it.
+
+From Shui et al., "Large-scale and Fine-grained Vision-language Pre-training for Enhanced CT Image Understanding",
+ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D. One forward:
+
+(1) window the volume, cut it into patches, run the 3D ViT (vision.py);
+(2) pool the tokens of every organ with that organ's learned query (pooling.py), project, normalise;
+(3) encode every different caption of the batch once, project, normalise;
+(4) per organ, contrast the patients whose organ is complete in the crop with their captions (loss.py).
+
+Arrays are (depth, height, width); a label map holds `organ index + 1` and 0 for background.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_fvlm import FVLMConfig
+from .loss import organ_contrastive_loss
+from .pooling import OrganPooling, OrganProjection
+from .vision import FVLMVisionModel, token_grid
+
+# A bucket of captions below this many costs more in kernel launches than it saves in padding.
+MIN_TEXTS_PER_BUCKET = 32
+MAX_TEXT_BUCKETS = 6
+
+
+@dataclass
+class FVLMOrganFeatures(ModelOutput):
+    """Organ embeddings of a batch of crops.
+
+    Attributes:
+        image_embeds: `(batch, organs, projection_dim)`, unit length; zeros where the organ is absent.
+        organ_is_complete: `(batch, organs)` bool by the config's completeness rule.
+        organ_is_present: `(batch, organs)` bool: at least one token holds the organ.
+        hidden_states: With `output_hidden_states`: embeddings and every block's output, the last one normed, each
+            `(batch, tokens, hidden)`; with `token_selection="organs"` the kept tokens only, padded to the longest.
+        attentions: With `output_attentions`: `(batch, organs, heads, levels * patches)`, the organ queries' attention
+            over all patches of every level, patches width fastest.
+    """
+
+    image_embeds: Tensor | None = None
+    organ_is_complete: Tensor | None = None
+    organ_is_present: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: Tensor | None = None
+
+
+@dataclass
+class FVLMOutput(ModelOutput):
+    """What a forward of fVLM gives.
+
+    Attributes:
+        loss: Scalar; the sum or mean of `organ_losses` over active organs.
+        organ_losses: `(organs,)`, 0 where inactive.
+        organ_is_active: `(organs,)` bool: the organ entered the loss.
+        num_contrasted: `(organs,)` int64: patients contrasted in each active organ.
+        image_embeds: `(batch, organs, projection_dim)`, unit length; zeros where the organ is absent.
+        organ_is_complete: `(batch, organs)` bool.
+        organ_is_present: `(batch, organs)` bool.
+        text_embeds: `(texts, projection_dim)`, unit length.
+        logit_scale: Scalar, 1 / temperature.
+        hidden_states, attentions: As in `FVLMOrganFeatures`.
+    """
+
+    loss: Tensor | None = None
+    organ_losses: Tensor | None = None
+    organ_is_active: Tensor | None = None
+    num_contrasted: Tensor | None = None
+    image_embeds: Tensor | None = None
+    organ_is_complete: Tensor | None = None
+    organ_is_present: Tensor | None = None
+    text_embeds: Tensor | None = None
+    logit_scale: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: Tensor | None = None
+
+
+def organ_occupancy(mask: Tensor, num_organs: int, patch_size: tuple[int, ...] | list[int]) -> tuple[Tensor, Tensor]:
+    """Count the voxels of every organ in every patch, and tell which organs the crop cuts.
+
+    Args:
+        mask: Label map `(batch, depth, height, width)`, `organ index + 1`, 0 is background.
+        num_organs: Length of the organ axis.
+        patch_size: Patch edges in voxels.
+
+    Returns:
+        Voxel counts `(batch, organs, tokens)` int64, tokens width fastest, and `is_cut` `(batch, organs)` bool: some
+        voxel of the organ lies on one of the six faces.
+
+    Raises:
+        ValueError: If the mask is not 4-D, not of integers, or holds a label beyond the organs.
+    """
+    if mask.ndim != 4 or mask.is_floating_point():
+        raise ValueError(
+            f"organ_mask must be integers (batch, depth, height, width), got {mask.dtype} {tuple(mask.shape)}."
+        )
+    if int(mask.max()) > num_organs or int(mask.min()) < 0:
+        raise ValueError(
+            f"organ_mask holds labels {int(mask.min())}..{int(mask.max())}, but there are {num_organs} organs: map the "
+            "mask's labels to organ index + 1 first (FVLMImageProcessor does)."
+        )
+    batch, depth, height, width = mask.shape
+    grid = token_grid(mask.shape[1:], patch_size)
+    labels = num_organs + 1
+    # Number every patch of the batch, and count the pairs (patch, label) in one pass.
+    along = [torch.arange(size, device=mask.device) // patch for size, patch in zip((depth, height, width), patch_size)]
+    patch_index = (along[0][:, None, None] * grid[1] + along[1][:, None]) * grid[2] + along[2]  # (D, H, W)
+    num_tokens = grid[0] * grid[1] * grid[2]
+    sample_index = torch.arange(batch, device=mask.device)[:, None, None, None]
+    pairs = (sample_index * num_tokens + patch_index) * labels + mask
+    counts = torch.bincount(pairs.flatten(), minlength=batch * num_tokens * labels).view(batch, num_tokens, labels)
+
+    faces = [face for axis in (1, 2, 3) for face in (mask.select(axis, 0), mask.select(axis, -1))]
+    on_faces = torch.cat([face.flatten(1) for face in faces], dim=1).long()
+    is_cut = torch.zeros(batch, labels, dtype=torch.bool, device=mask.device).scatter_(1, on_faces, True)
+    return counts[..., 1:].transpose(1, 2), is_cut[:, 1:]
+
+
+class NoTokenTypes(nn.Module):
+    """Stands in the place of BERT's token-type table and adds nothing, as the published text encoder does."""
+
+    def forward(self, token_type_ids: Tensor) -> Tensor:
+        return torch.zeros((), device=token_type_ids.device)
+
+
+def build_text_model(text_config, token_types: bool = True) -> PreTrainedModel:
+    """Build the text encoder with fresh weights.
+
+    BERT's pooling layer is left out: no caption embedding reads it, and a layer without gradients stops
+    DistributedDataParallel.
+
+    Args:
+        text_config: Config of any text encoder `AutoModel` knows.
+        token_types: Keep the token-type table, where the encoder has one.
+    """
+    model_class = AutoModel._model_mapping.get(type(text_config), None)
+    has_pooler = inspect.isclass(model_class) and "add_pooling_layer" in inspect.signature(model_class).parameters
+    text_model = AutoModel.from_config(text_config, **({"add_pooling_layer": False} if has_pooler else {}))
+    if not token_types:
+        tables = [name for name, _ in text_model.named_modules() if name.endswith("token_type_embeddings")]
+        for name in tables:
+            text_model.set_submodule(name, NoTokenTypes())
+    return text_model
+
+
+class Temperature(nn.Module):
+    """The learned temperature of the loss.
+
+    A module, not a bare parameter: PEFT's `modules_to_save` finds modules only.
+    """
+
+    def __init__(self, initial: float, minimum: float, maximum: float):
+        super().__init__()
+        self.initial, self.minimum, self.maximum = initial, minimum, maximum
+        self.value = nn.Parameter(torch.tensor(float(initial)))
+
+    def forward(self) -> Tensor:
+        """Return the logit scale, 1 / temperature; in training the parameter itself is first put into its limits."""
+        if self.training:
+            with torch.no_grad():
+                self.value.clamp_(self.minimum, self.maximum)
+        return 1 / self.value.float()
+
+
+class FVLMPreTrainedModel(PreTrainedModel):
+    """Weights initialisation and what the library may do with fVLM."""
+
+    config_class = FVLMConfig
+    base_model_prefix = "fvlm"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FVLMPatchEmbedding", "FVLMVisionBlock"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    # The loss does not know `num_items_in_batch`: without this the Trainer would scale it wrongly when accumulating.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, OrganPooling):
+            init.zeros_(module.query_tokens)  # attention starts uniform over the organ's tokens
+            init.xavier_uniform_(module.in_proj_weight)
+            init.zeros_(module.in_proj_bias)
+        elif isinstance(module, OrganProjection):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        elif isinstance(module, Temperature):
+            init.constant_(module.value, module.initial)
+
+
+class FVLMModel(FVLMPreTrainedModel):
+    """Vision tower, organ pooling, text encoder and the per-organ contrastive loss."""
+
+    def __init__(self, config: FVLMConfig):
+        super().__init__(config)
+        num_organs, vision_width = len(config.organs), config.vision_config.hidden_size
+        self.vision_model = FVLMVisionModel._from_config(config.vision_config)
+        self.text_model = build_text_model(config.text_config, config.text_token_types)
+        self.organ_pooling = OrganPooling(num_organs, vision_width, config.pooling_num_heads, config.pooling_dropout)
+        self.organ_projection = OrganProjection(num_organs, vision_width, config.projection_dim)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
+        self.temperature = Temperature(config.temperature_init, config.temperature_min, config.temperature_max)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The text encoder's word embeddings."""
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the text encoder's word embeddings."""
+        self.text_model.set_input_embeddings(value)
+
+    def get_organ_features(
+        self,
+        pixel_values: Tensor | None = None,
+        organ_mask: Tensor | None = None,
+        *,
+        volume: Tensor | None = None,
+        organ_token_mask: Tensor | None = None,
+        organ_is_complete: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> FVLMOrganFeatures:
+        """Embed every organ of every crop.
+
+        Args:
+            pixel_values: Windowed crops `(batch, channels, depth, height, width)`; or give `volume`.
+            organ_mask: Label maps `(batch, depth, height, width)` of `organ index + 1`. Needed unless both of the
+                next two are given.
+            volume: Crops in HU `(batch, depth, height, width)`, any number type; windowed here by `config.windows`.
+            organ_token_mask: `(batch, organs, tokens)` bool, the patches that hold each organ, if known already.
+            organ_is_complete: `(batch, organs)` bool, if known already.
+            output_hidden_states, output_attentions: Return them (see `FVLMOrganFeatures`).
+        """
+        if (pixel_values is None) == (volume is None):
+            raise ValueError("give either pixel_values (windowed) or volume (HU), not both and not neither.")
+        if organ_token_mask is None or organ_is_complete is None:
+            if organ_mask is None:
+                raise ValueError(
+                    "organ_mask is missing: give the label map, or both organ_token_mask and organ_is_complete."
+                )
+            if organ_mask.shape[1:] != (crop := pixel_values if volume is None else volume).shape[-3:]:
+                raise ValueError(
+                    f"organ_mask {tuple(organ_mask.shape[1:])} and crop {tuple(crop.shape[-3:])} are not on one grid."
+                )
+            counts, is_cut = organ_occupancy(organ_mask, len(self.config.organs), self.config.vision_config.patch_size)
+            if organ_token_mask is None:
+                organ_token_mask = counts > 0
+            if organ_is_complete is None:
+                organ_is_complete = counts.sum(-1) >= self.config.min_organ_voxels
+                if self.config.completeness == "border":
+                    organ_is_complete &= ~is_cut
+        organ_token_mask, organ_is_complete = organ_token_mask.bool(), organ_is_complete.bool()
+        organ_is_present = organ_token_mask.any(-1)
+
+        # (1)
+        vision_output = self.vision_model(
+            pixel_values if volume is None else volume[:, None],
+            organ_token_mask=organ_token_mask,
+            windows=None if volume is None else self.config.windows,
+            output_hidden_states=bool(output_hidden_states),
+        )
+        # (2)
+        token_index, token_is_real = vision_output.token_index, vision_output.token_is_real
+        kept_token_mask = organ_token_mask
+        if token_index is not None:
+            index = token_index[:, None].expand(-1, organ_token_mask.shape[1], -1)
+            kept_token_mask = organ_token_mask.gather(2, index)  # (batch, organs, kept tokens)
+            if token_is_real is not None:
+                kept_token_mask = kept_token_mask & token_is_real[:, None]
+        pooled, attentions = self.organ_pooling(vision_output.feature_levels, kept_token_mask, bool(output_attentions))
+        # Unit length in float32: under bf16 the rounding of the norm alone would cost two digits.
+        image_embeds = F.normalize(self.organ_projection(pooled).float(), dim=-1)
+        image_embeds = image_embeds.masked_fill(~organ_is_present[..., None], 0)
+        if attentions is not None:
+            attentions = attentions.masked_fill(~organ_is_present[..., None, None], 0)
+            if token_index is not None:
+                attentions = self.spread_attentions(attentions, token_index, organ_token_mask.shape[2])
+        return FVLMOrganFeatures(
+            image_embeds=image_embeds,
+            organ_is_complete=organ_is_complete,
+            organ_is_present=organ_is_present,
+            hidden_states=vision_output.hidden_states,
+            attentions=attentions,
+        )
+
+    @staticmethod
+    def spread_attentions(attentions: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
+        """Bring attention over the kept tokens back to all patches; the patches left out get 0."""
+        batch, num_organs, num_heads, _ = attentions.shape
+        per_level = attentions.unflatten(3, (-1, token_index.shape[1]))  # (batch, organs, heads, levels, kept tokens)
+        index = token_index[:, None, None, None].expand_as(per_level)
+        spread = per_level.new_zeros(*per_level.shape[:4], num_tokens)
+        return spread.scatter_add(4, index, per_level).flatten(3)
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Embed captions or prompts.
+
+        Many captions run in buckets of similar length, each cut to its longest, so that one long caption does not
+        make all others long. The result is that of one padded batch.
+
+        Args:
+            input_ids: `(texts, tokens)`.
+            attention_mask: `(texts, tokens)`, 1 at real tokens; None: all are real.
+
+        Returns:
+            `(texts, projection_dim)`, unit length.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        num_texts, num_tokens = input_ids.shape
+        if num_texts == 0:
+            raise ValueError(
+                "input_ids holds no text; a batch without captions carries one empty text (encode_captions)."
+            )
+        num_buckets = min(num_texts // MIN_TEXTS_PER_BUCKET, MAX_TEXT_BUCKETS)
+        if num_buckets <= 1:
+            pooled = self.pool_text(input_ids, attention_mask)
+        else:
+            # Position after the last real token: cutting there is safe for left padding too (it cuts nothing).
+            ends = (attention_mask * torch.arange(1, num_tokens + 1, device=input_ids.device)).amax(1)
+            ends, order = ends.sort()
+            sizes = [len(bucket) for bucket in order.tensor_split(num_buckets)]
+            longest = ends[torch.tensor(sizes, device=ends.device).cumsum(0) - 1].tolist()
+            pooled = torch.cat(
+                [
+                    self.pool_text(input_ids[bucket, :end], attention_mask[bucket, :end])
+                    for bucket, end in zip(order.split(sizes), longest)
+                ]
+            ).index_select(0, order.argsort())
+        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+
+    def pool_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Encode texts and pool each into one vector `(texts, text hidden size)` by `config.text_pooling`."""
+        hidden_states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if self.config.text_pooling == "cls":
+            return hidden_states[:, 0]
+        weights = attention_mask[..., None].to(hidden_states.dtype)
+        return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        organ_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        caption_index: Tensor | None = None,
+        organ_is_abnormal: Tensor | None = None,
+        *,
+        volume: Tensor | None = None,
+        organ_token_mask: Tensor | None = None,
+        organ_is_complete: Tensor | None = None,
+        caption_hash: Tensor | None = None,
+        return_loss: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> FVLMOutput:
+        """Embed organs and captions, and contrast them.
+
+        Args:
+            pixel_values, organ_mask, volume, organ_token_mask, organ_is_complete: As in `get_organ_features`.
+            input_ids, attention_mask: `(texts, tokens)`: every different caption of the batch, once.
+            caption_index: `(batch, organs)` int64: row of `input_ids` with the organ's caption, -1 for none.
+            organ_is_abnormal: `(batch, organs)` bool: the caption describes a finding.
+            caption_hash: `(batch, organs)` int64: equal numbers are equal captions; by default `caption_index`.
+            return_loss: True asks for the loss, False leaves it out; by default it comes when the captions do.
+            output_hidden_states, output_attentions: Of the vision tower and of the organ queries.
+        """
+        if return_loss is None:
+            return_loss = caption_index is not None and organ_is_abnormal is not None
+        if return_loss and (input_ids is None or caption_index is None or organ_is_abnormal is None):
+            raise ValueError(
+                "the loss needs input_ids, caption_index and organ_is_abnormal: give them or return_loss=False."
+            )
+
+        organs = self.get_organ_features(
+            pixel_values,
+            organ_mask,
+            volume=volume,
+            organ_token_mask=organ_token_mask,
+            organ_is_complete=organ_is_complete,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        # (3)
+        text_embeds = None if input_ids is None else self.get_text_features(input_ids, attention_mask)
+        logit_scale = self.temperature()
+        output = FVLMOutput(
+            image_embeds=organs.image_embeds,
+            organ_is_complete=organs.organ_is_complete,
+            organ_is_present=organs.organ_is_present,
+            text_embeds=text_embeds,
+            logit_scale=logit_scale,
+            hidden_states=organs.hidden_states,
+            attentions=organs.attentions,
+        )
+        # (4)
+        if return_loss:
+            result = organ_contrastive_loss(
+                organs.image_embeds,
+                F.embedding(caption_index.clamp(min=0), text_embeds),  # (batch, organs, dim)
+                caption_id=caption_index if caption_hash is None else caption_hash,
+                is_abnormal=organ_is_abnormal,
+                is_valid=organs.organ_is_complete & (caption_index >= 0),
+                logit_scale=logit_scale,
+                reduction=self.config.organ_reduction,
+            )
+            output.loss, output.organ_losses = result.loss, result.organ_losses
+            output.organ_is_active, output.num_contrasted = result.organ_is_active, result.num_contrasted
+        return output

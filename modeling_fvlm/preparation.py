@@ -1,0 +1,82 @@
+"""One scan from its file's grid to what is stored or cropped: the chain that builders and processor share.
+
+(1) volume and mask are checked to lie on one grid
+(2) the mask is resampled and its labels become organs
+(3) the box of all organs, widened by a margin, is found on the resampled grid
+(4) the volume is resampled inside that box alone (exactly equal to cropping afterwards)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .geometry import BadVolumeError, organ_box, resample_mask, resample_volume, resampled_spacing
+from .organs import UNKNOWN_LABEL
+from .reading import Volume, check_same_grid
+
+
+@dataclass
+class PreparedScan:
+    """A scan on the model's spacing, cut to the box of its organs.
+
+    Attributes:
+        volume: int16 HU `(depth, height, width)`.
+        mask: uint8 organ labels on the same grid, `organ_index + 1`.
+        spacing: The exact voxel size in mm; differs a little from the wanted one, because the extent is kept.
+        box: Where the arrays lie on the resampled grid of the whole scan.
+    """
+
+    volume: np.ndarray
+    mask: np.ndarray
+    spacing: tuple[float, float, float]
+    box: tuple[slice, slice, slice]
+
+
+def prepare_scan(
+    volume: Volume,
+    mask: Volume,
+    table: np.ndarray,
+    spacing: Sequence[float] = (3.0, 1.0, 1.0),
+    margin_voxels: Sequence[int] = (5, 20, 20),
+) -> PreparedScan:
+    """Resample a scan and cut it to its organs.
+
+    Args:
+        volume: From `read_nifti` or `volume_from_array`.
+        mask: From `read_nifti_mask` or `mask_from_array`, with the labels of the segmentation.
+        table: From `organ_label_table`.
+        spacing: The model's voxel size in mm along (depth, height, width).
+        margin_voxels: Voxels of `spacing` kept around the organs on both sides.
+
+    Raises:
+        BadVolumeError: If the two are not on one grid, a label is outside the numbering, or no organ is present.
+    """
+    check_same_grid(volume, mask)  # (1)
+    highest = int(mask.array.max())  # on the full grid: resampling may step over a small structure
+    if table[highest] == UNKNOWN_LABEL:
+        raise _unknown_label(mask, highest, table)
+    labels = resample_mask(mask.array, mask.spacing, spacing)  # (2) fewer voxels first, then the lookup
+    organs = table[labels]
+    if organs.max() == UNKNOWN_LABEL:
+        raise _unknown_label(mask, int(labels[organs == UNKNOWN_LABEL][0]), table)
+    if not organs.any():
+        raise BadVolumeError(
+            f"{volume.name}: the mask ({mask.name}) holds no organ of the set; its labels are "
+            f"{np.unique(labels).tolist()[:20]}. Check that it belongs to this scan and was read with its numbering."
+        )
+    box = organ_box(organs, margin_voxels)  # (3)
+    return PreparedScan(
+        volume=resample_volume(volume.array, volume.spacing, spacing, box),  # (4)
+        mask=np.ascontiguousarray(organs[box]),
+        spacing=resampled_spacing(volume.array.shape, volume.spacing, spacing),
+        box=box,
+    )
+
+
+def _unknown_label(mask: Volume, label: int, table: np.ndarray) -> BadVolumeError:
+    known = np.flatnonzero(table != UNKNOWN_LABEL)
+    return BadVolumeError(
+        f"{mask.name}: label {label} is outside the numbering, whose labels end at {known[-1]}. The mask was made with "
+        "another release or task of the segmentation tool: give the numbering it was made with."
+    )

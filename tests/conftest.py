@@ -1,0 +1,22 @@
+"""What every test shares: the sibling folder of samples and published numbers, and one thread per process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Two test processes on two cores: more threads than that only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder `shared` beside the checkout: real CT samples, sample reports, outputs of the published code."""
+    if not (SHARED / "golden" / "README.md").is_file():
+        pytest.skip("the folder ../shared (CT samples and published outputs) is not beside this checkout")
+    return SHARED

@@ -1,0 +1,164 @@
+"""The command from saved model and split to files; and the combinations that it refuses before it works."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from evaluation_samples import TASK, tiny_dataset, tiny_model, tiny_rows, tiny_tokenizer, write_tiny_split
+
+import eval_fvlm
+from evaluation_fvlm.metrics import summarize
+from evaluation_fvlm.plots import plot_auc_bars, plot_roc_curves
+from evaluation_fvlm.tasks import load_task
+from evaluation_fvlm.zero_shot import evaluate_split
+from modeling_fvlm.pipeline_fvlm import save_for_hub
+from modeling_fvlm.processing_fvlm import FVLMProcessor
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """model/ as training saves it, data/ as the builders write it, task.yaml and other.yaml."""
+    folder = tmp_path_factory.mktemp("eval")
+    model = tiny_model()
+    save_for_hub(model, FVLMProcessor.from_config(model.config, tiny_tokenizer()), folder / "model")
+    rows = tiny_rows()
+    second = rows[0] | {"recon_id": "valid_0_a_2"}  # another reconstruction of the first scan
+    write_tiny_split(folder / "data", [*rows, second])
+    (folder / "task.yaml").write_text(yaml.safe_dump(TASK))
+    other = TASK | {"name": "other", "items": [TASK["items"][1] | {"positive": "Not small."}]}
+    (folder / "other.yaml").write_text(yaml.safe_dump(other))
+    return folder
+
+
+def arguments(workplace: Path, out: Path, **options) -> list[str]:
+    given = {"model": workplace / "model", "data": workplace / "data", "tasks": workplace / "task.yaml", "out": out}
+    given |= {"device": "cpu"} | options
+    return [str(part) for name, value in given.items() for part in ([f"--{name}", *np.atleast_1d(value)])]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """The datasets library writes its Arrow copy below the test's folder, not into the user's cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_command_writes_what_it_promises(workplace, tmp_path, capsys):
+    assert eval_fvlm.main(arguments(workplace, tmp_path / "eval")) == 0
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    with open(tmp_path / "eval" / "scores.csv") as file:
+        rows = list(csv.DictReader(file))
+
+    # The files say what the functions say.
+    task = load_task(workplace / "task.yaml")
+    frame = evaluate_split(tiny_model(), tiny_tokenizer(), tiny_dataset(), [task]).frame
+    assert [row["recon_id"] for row in rows] == frame["recon_id"].tolist()  # one row per scan: valid_0_a_2 is left out
+    assert [row["finding"] for row in rows] == frame["finding"].tolist()
+    scores = [float(row["score"]) if row["score"] else np.nan for row in rows]
+    np.testing.assert_allclose(scores, frame["score"], rtol=1e-5)
+    summary = summarize(frame)
+    assert summary["macro_auc"] is not None and not 0 < summary["macro_auc"] < 1e-9
+    for key in ("num_findings", "num_patients", "num_scans", "per_organ", "excluded"):
+        assert metrics[key] == summary[key], key
+    assert metrics["macro_auc"] == pytest.approx(summary["macro_auc"])
+    assert metrics["per_finding"].keys() == summary["per_finding"].keys()
+    assert {"organ", "auc", "average_precision", "positives", "negatives", "excluded"} <= set(
+        metrics["per_finding"]["Nodule"]
+    )
+    assert metrics["findings_without_labels"] == ["Small heart"]
+    assert (metrics["num_patients"], metrics["num_scans"], metrics["num_reconstructions"]) == (3, 5, 5)
+
+    protocol = metrics["protocol"]
+    assert protocol["tasks"][0]["digest"] == task.digest and protocol["tasks"][0]["version"] == 1
+    assert protocol["windows"]["size"] == [4, 12, 32] and protocol["temperature"] == pytest.approx(0.5)
+    assert protocol["data"]["split"] == "validation" and protocol["versions"]["torch"]
+    assert metrics["seconds"] > 0
+    for name in ("roc.png", "auc_bars.png"):
+        assert (tmp_path / "eval" / name).read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "macro AUC" in printed and "metrics.json" in printed and "not measured: no scan" in printed
+
+
+def test_options_reach_the_evaluation(workplace, tmp_path):
+    """Every reconstruction, larger windows, a second task, a limit: each changes what it should and nothing else."""
+
+    def metrics_of(name: str, **options) -> dict:
+        assert eval_fvlm.main([*arguments(workplace, tmp_path / name, **options), "--quiet"]) == 0
+        return json.loads((tmp_path / name / "metrics.json").read_text())
+
+    plain = metrics_of("plain")
+    assert metrics_of("all", level="reconstruction")["num_reconstructions"] == 6
+    assert metrics_of("two", limit=2)["num_scans"] == 2
+    large = metrics_of("large", window_size=[10, 32, 72])
+    assert large["protocol"]["windows"]["num_windows"] == 5 < plain["protocol"]["windows"]["num_windows"]
+    both = metrics_of("both", tasks=[workplace / "task.yaml", workplace / "other.yaml"])
+    assert both["macro_auc"] == plain["macro_auc"] and both["task"] == "tiny"
+    other = both["other_tasks"]["other"]["per_finding"]["Big heart"]
+    assert other["organ"] == "heart" and other["auc"] is not None
+    assert (tmp_path / "both" / "roc_other.png").is_file()
+    frame = pd.read_csv(tmp_path / "both" / "scores.csv")
+    assert frame.groupby("task").size().to_dict() == {"tiny": 20, "other": 5}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"organ_set": {"name": "other", "organs": ["lung", "aorta", "heart"]}},
+            r"they differ from label 2 on: \['aorta', 'heart'\] against \['heart', 'aorta'\]",
+        ),
+        ({"organ_set": {"name": "other", "organs": ["lung", "heart"]}}, "prepared for 2 organs, the model has 3"),
+        (
+            {"spacing": [1.5, 1.0, 1.0]},
+            r"prepared at spacing \[1.5, 1.0, 1.0\] mm .* the model reads \[3.0, 1.0, 1.0\]",
+        ),
+    ],
+)
+def test_split_of_another_kind_is_refused(workplace, tmp_path, capsys, settings, message):
+    write_tiny_split(tmp_path / "data", **settings)
+    assert eval_fvlm.main(arguments(workplace, tmp_path / "out", data=tmp_path / "data")) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refusals_say_how_to_mend(workplace, tmp_path, capsys):
+    wrong_organ = TASK | {"items": [TASK["items"][0] | {"organ": "lungs"}]}
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(wrong_organ))
+    (tmp_path / "empty").mkdir()
+    for options, message in [
+        ({"tasks": tmp_path / "wrong.yaml"}, "organ 'lungs' is not in config.organs"),
+        ({"tasks": "syntetic"}, "nearest: 'synthetic'"),
+        ({"tasks": [workplace / "task.yaml"] * 2}, "two prompt sets share a name"),
+        ({"model": tmp_path / "empty"}, "holds no config.json"),
+        ({"data": tmp_path / "empty"}, "no manifest.json"),
+        ({"split": "test"}, "split 'test'"),
+        ({"window_size": [4, 13, 32]}, "window height 13 is not a multiple"),
+    ]:
+        assert eval_fvlm.main(arguments(workplace, tmp_path / "out", **options)) == 1
+        assert message in capsys.readouterr().err, options
+    with pytest.raises(SystemExit):
+        eval_fvlm.main(arguments(workplace, tmp_path / "out", batch_size=0))
+
+
+def test_plots_of_no_and_one_finding(tmp_path):
+    """Nothing measurable still makes a picture that says so."""
+    columns = ["patient_id", "scan_id", "recon_id", "finding", "organ", "score", "label", "is_complete"]
+    rows = [("p", "s", f"r{n}", "F", "lung", 0.1 * n, float(n == 2), True) for n in range(3)]
+    for name, kept in (("one", rows), ("none", rows[:2])):
+        frame = pd.DataFrame(kept, columns=columns).assign(task="t")
+        for plot in (plot_roc_curves, plot_auc_bars):
+            plot(frame, summarize(frame), tmp_path / f"{name}_{plot.__name__}.png")
+            assert (tmp_path / f"{name}_{plot.__name__}.png").stat().st_size > 1000
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        eval_fvlm.parse_arguments(["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "\n    python eval_fvlm.py --model runs/demo/model" in printed  # the docstring keeps its lines
+    assert "ct_rate_16, synthetic" in " ".join(printed.split())

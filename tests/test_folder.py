@@ -1,0 +1,219 @@
+"""The folder builder: real CTs, and the many ways in which volumes, masks and reports are told to belong together."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tiny_release import REPORT, arrays, save_nifti, write_csv
+
+from data_builders.__main__ import main
+from modeling_fvlm.organs import load_organ_set
+from modeling_fvlm.processed_split import decode_volume
+
+GRID = ["--spacing", "3", "4", "4", "--margin", "2", "3", "3", "--previews", "0", "--workers", "1"]
+REPORT_CELLS = {"findings": REPORT["findings"], "impression": REPORT["impression"]}
+
+
+def build(out, *arguments) -> int:
+    return main(["folder", "--out", str(out), *map(str, arguments)])
+
+
+def rows_of(out, split="train") -> dict[str, dict]:
+    files = sorted((out / "volumes").glob(f"{split}-*.parquet"))
+    return {row["recon_id"]: row for file in files for row in pq.read_table(file).to_pylist()}
+
+
+def captions_of(row) -> dict[str, tuple[str, bool, bool]]:
+    return {c["organ"]: (c["caption"], c["is_abnormal"], c["is_mentioned"]) for c in row["captions"]}
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Four volumes with masks beside them; p_1 and p_10 begin alike."""
+    folder = tmp_path_factory.mktemp("scans")
+    for seed, name in enumerate(("p_1", "p_2", "p_3", "p_10")):
+        volume, mask = arrays(seed)
+        save_nifti(volume, folder / "ct" / f"{name}.nii.gz", "RAS")
+        save_nifti(mask, folder / "seg" / f"{name}_seg.nii.gz", "LPS")
+    return folder
+
+
+@pytest.fixture
+def source(scans):
+    return ["--volumes", scans / "ct", "--masks", scans / "seg", *GRID]
+
+
+@pytest.fixture(scope="module")
+def real_split(shared_dir, tmp_path_factory):
+    """The three real CTs: RAS and LPS, 3 mm and 1.5 mm, both TotalSegmentator numberings, captions split by hand."""
+    folder = tmp_path_factory.mktemp("real")
+    cases = []
+    for sample, report in zip(json.loads((shared_dir / "ct_samples" / "samples.json").read_text()), (5, 8, 3)):
+        for mask in sample["masks"]:
+            version = 1 if "v1" in mask["class_numbering"] else 2
+            cases.append(
+                {
+                    "id": f"{sample['id']}_v{version}",
+                    "patient_id": sample["id"].split("_")[0],
+                    "volume": sample["image"],
+                    "mask": mask["file"],
+                    "numbering": f"totalsegmentator_v{version}",
+                    "report": f"syn_{report:02d}",
+                }
+            )
+    write_csv(folder / "cases.csv", cases)
+    arguments = ["--volumes", shared_dir / "ct_samples", "--reports", shared_dir / "reports_samples.json"]
+    arguments += ["--table", folder / "cases.csv", "--validation_fraction", 0, "--previews", 0, "--workers", 1]
+    assert build(folder / "out", *arguments) == 0
+    return rows_of(folder / "out")
+
+
+def test_real_organ_volumes(real_split, shared_dir):
+    """Every organ's volume in ml as the samples' list has it, whatever numbering, orientation and spacing."""
+    organs = load_organ_set("body_24").organs
+    compared = 0
+    for sample in json.loads((shared_dir / "ct_samples" / "samples.json").read_text()):
+        for mask in sample["masks"]:
+            version = 1 if "v1" in mask["class_numbering"] else 2
+            row = real_split[f"{sample['id']}_v{version}"]
+            labels = decode_volume(row)[1]
+            ml = np.bincount(labels.ravel(), minlength=len(organs) + 1)[1:] * np.prod(row["spacing"]) / 1000
+            expected = dict(mask["organ_voxels"])
+            if version == 2 and "sacrum" in expected:  # the list has the class, our organ has S1 as well
+                expected["sacrum"] += mask["class_voxels"]["vertebrae_S1"]
+            for organ, volume in zip(organs, ml):
+                listed = expected.get(organ, 0) * np.prod(mask["spacing_mm"]) / 1000
+                assert volume == pytest.approx(listed, rel=0.05), f"{row['recon_id']}: {organ}"
+                compared += listed > 0
+    assert compared > 40
+    assert {row["recon_id"] for row in real_split.values()} == set(real_split) and len(real_split) == 4
+
+
+def test_real_anatomy_lies_where_it_belongs(real_split):
+    """In LPS the liver lies at smaller width than the spleen, the stomach before the back muscles, the hip lowest."""
+    organs = load_organ_set("body_24").organs
+
+    def center(name, organ):
+        return np.argwhere(decode_volume(real_split[name])[1] == organs.index(organ) + 1).mean(axis=0)
+
+    for name in ("abdomen_pelvis_v2", "abdomen_pelvis_v1", "abdomen_slab_v2"):
+        assert center(name, "liver")[2] < center(name, "spleen")[2]  # width grows to the left
+        assert center(name, "stomach")[1] < center(name, "autochthon")[1]  # height grows to the back
+    assert center("abdomen_pelvis_v2", "liver")[0] > center("abdomen_pelvis_v2", "hip")[0]  # depth grows to the head
+    chest, lung = "chest_cta_v2", center("chest_cta_v2", "lung")
+    assert center(chest, "heart")[2] > lung[2] and center(chest, "trachea")[0] > center(chest, "heart")[0]
+
+
+def test_real_volumes_stay_in_hu(real_split):
+    organs = load_organ_set("body_24").organs
+    for name, organ, low, high in (
+        ("abdomen_pelvis_v2", "liver", 30, 80),  # native phase
+        ("abdomen_pelvis_v1", "kidney", 10, 60),
+        ("chest_cta_v2", "lung", -950, -700),
+        ("chest_cta_v2", "aorta", 150, 600),  # arterial phase
+    ):
+        volume, mask = decode_volume(real_split[name])
+        assert low < np.median(volume[mask == organs.index(organ) + 1]) < high, (name, organ)
+
+
+def test_captions_out_of_the_json(real_split, shared_dir):
+    gold = {entry["id"]: entry["organs"] for entry in json.loads((shared_dir / "reports_samples.json").read_text())}
+    captions = captions_of(real_split["abdomen_pelvis_v2"])
+    for organ, (caption, is_abnormal, is_mentioned) in captions.items():
+        said = gold["syn_05"].get(organ)
+        assert is_mentioned == (said is not None)
+        if said:
+            assert caption == " ".join(said["impression"] + said["findings"]) and is_abnormal == said["abnormal"]
+
+
+def test_files_are_found_by_the_id(source, tmp_path):
+    """The id p_1 takes p_1_seg and not p_10_seg; a mask beside it is found by its beginning."""
+    reports = write_csv(tmp_path / "r.csv", [{"id": f"p_{n}", **REPORT_CELLS} for n in (10, 2, 1, 3)])
+    assert build(tmp_path / "out", *source, "--reports", reports, "--validation_fraction", 0) == 0
+    rows = rows_of(tmp_path / "out")
+    assert list(rows) == ["p_1", "p_2", "p_3", "p_10"]
+    for seed, name in enumerate(rows):
+        inside = decode_volume(rows[name])[0]
+        assert np.array_equal(inside, arrays(seed)[0][1:19, 3:23, 2:30]), name
+    assert captions_of(rows["p_1"])["aorta"] == ("Dilated aorta. The aorta measures 5.2 cm.", True, True)
+
+
+def test_columns_of_other_names(source, tmp_path):
+    table = [
+        {"Accession": "p_1", "Text": REPORT["findings"], "Conclusion": "", "Person": "x", "label:Nodule": n}
+        for n in "1"
+    ]
+    reports = write_csv(tmp_path / "r.csv", table)
+    columns = ["--columns", "id=Accession,findings=Text", "impression=Conclusion", "patient_id=Person"]
+    assert build(tmp_path / "out", *source, "--reports", reports, *columns) == 0
+    (row,) = rows_of(tmp_path / "out").values()
+    assert (row["patient_id"], row["findings"], row["impression"]) == ("x", REPORT["findings"], "")
+    assert row["labels"] == [{"finding": "Nodule", "value": 1}]
+
+
+def test_ready_captions_in_columns(source, tmp_path):
+    cells = {
+        "caption:lung": "Clear lungs.",
+        "caption:liver": "Steatosis.",
+        "caption:aorta": "Wide.",
+        "abnormal:aorta": "0",
+    }
+    reports = write_csv(tmp_path / "r.csv", [{"id": "p_1", **cells}])
+    assert build(tmp_path / "out", *source, "--reports", reports) == 0
+    captions = captions_of(rows_of(tmp_path / "out")["p_1"])
+    assert captions["lung"] == ("Clear lungs.", False, True)  # by its words
+    assert captions["liver"] == ("Steatosis.", True, True)
+    assert captions["aorta"] == ("Wide.", False, True)  # as the table says
+    assert captions["heart"] == ("heart shows no significant abnormalities.", False, False)
+
+
+def test_json_without_a_table(source, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps({"p_2": {"findings": "The liver is enlarged."}}))
+    assert build(tmp_path / "out", *source, "--reports", tmp_path / "r.json") == 0
+    assert captions_of(rows_of(tmp_path / "out")["p_2"])["liver"] == ("The liver is enlarged.", True, True)
+
+
+def test_a_numbering_of_the_users_own(scans, source, tmp_path):
+    """Label 10 is the left upper lobe, 12 the right one; here they are called lung, and the liver is left out."""
+    (tmp_path / "mine.yaml").write_text("10: lung\n12: lung\n5: null\n52: aorta\n")
+    reports = write_csv(tmp_path / "r.csv", [{"id": "p_1", **REPORT_CELLS}])
+    assert build(tmp_path / "out", *source, "--reports", reports, "--numbering", tmp_path / "mine.yaml") == 0
+    organs = load_organ_set("body_24").organs
+    mask = decode_volume(rows_of(tmp_path / "out")["p_1"])[1]
+    assert set(np.unique(mask)) == {0, organs.index("lung") + 1, organs.index("aorta") + 1}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_splits_are_by_patient_and_hang_on_the_seed(scans, source, tmp_path, seed):
+    rows = [
+        {"id": name, "patient_id": patient, **REPORT_CELLS}
+        for name, patient in zip(("p_1", "p_2", "p_3", "p_10"), "aabc")
+    ]
+    drawn = []
+    for number, table in enumerate((rows, rows[::-1])):  # the order of the table must not matter
+        out = tmp_path / f"out{number}"
+        reports = write_csv(tmp_path / f"r{number}.csv", table)
+        assert build(out, *source, "--reports", reports, "--validation_fraction", 0.34, "--seed", seed) == 0
+        train, validation = rows_of(out), rows_of(out, "validation")
+        people = [{row["patient_id"] for row in part.values()} for part in (train, validation)]
+        assert len(train) + len(validation) == 4 and len(people[1]) == 1 and not people[0] & people[1]
+        drawn.append(people[1])
+    assert drawn[0] == drawn[1]
+
+
+def test_splits_named_in_the_table(source, tmp_path):
+    rows = [{"id": name, "split": split, **REPORT_CELLS} for name, split in (("p_1", "valid"), ("p_2", "train"))]
+    assert build(tmp_path / "out", *source, "--reports", write_csv(tmp_path / "r.csv", rows)) == 0
+    assert list(rows_of(tmp_path / "out")) == ["p_2"] and list(rows_of(tmp_path / "out", "validation")) == ["p_1"]
+
+
+def test_the_csv_reader_takes_what_spreadsheets_write(source, tmp_path):
+    """A byte-order mark, semicolons inside quotes, a line break inside a cell, spaces around the names."""
+    path = tmp_path / "r.csv"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerows([["id ", " findings"], ["p_1", "The liver is normal;\nthe lungs are clear, too."]])
+    assert build(tmp_path / "out", *source, "--reports", path) == 0
+    assert rows_of(tmp_path / "out")["p_1"]["findings"] == "The liver is normal;\nthe lungs are clear, too."

@@ -1,0 +1,283 @@
+"""The processed split on disk: columns, row groups, loading with `datasets`, and continuing a killed build."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from tiny_release import REPORT, arrays, ct_rate_release
+
+from data_builders import build as build_module
+from data_builders.__main__ import main
+from data_builders.card import features
+from data_builders.shards import PROGRESS_FOLDER, SCHEMA
+from modeling_fvlm.organs import load_organ_set
+from modeling_fvlm.processed_split import decode_volume
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NAMES = ("train_1_a_1", "train_2_a_1", "train_3_a_1", "train_10_a_1", "train_11_a_1", "valid_1_a_1")
+OPTIONS = ["--spacing", "3", "4", "4", "--margin", "2", "3", "3", "--rows_per_shard", "2", "--previews", "0"]
+
+
+def command(source: Path, out: Path, *more: str) -> list[str]:
+    return ["ct_rate", "--source", str(source), "--out", str(out), *OPTIONS, "--workers", "1", *more]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    return ct_rate_release(tmp_path_factory.mktemp("release"), NAMES)
+
+
+@pytest.fixture(scope="module")
+def split(release, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built") / "split"
+    assert main(command(release, folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """`datasets` keeps its copies in the test's own folder and asks no network."""
+    for name, value in {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    return str(tmp_path / "cache")
+
+
+def test_columns_are_those_of_the_design(split):
+    """Names and types written out: a change of either breaks every trainer that reads older splits."""
+    caption = "list<element: struct<organ: string, caption: string, is_abnormal: bool, is_mentioned: bool>>"
+    expected = {
+        **dict.fromkeys(("patient_id", "scan_id", "recon_id", "findings", "impression"), "string"),
+        **{"volume": "binary", "mask": "binary", "captions": caption},
+        "shape": "fixed_size_list<element: int32>[3]",
+        "spacing": "fixed_size_list<element: float>[3]",
+        "labels": "list<element: struct<finding: string, value: int8>>",
+    }
+    files = sorted((split / "volumes").glob("*.parquet"))
+    assert [file.name for file in files] == [
+        *(f"train-{index:05d}-of-00003.parquet" for index in range(3)),
+        "validation-00000-of-00001.parquet",
+    ]
+    for file in files:
+        schema = pq.read_schema(file)
+        written = {column.name: str(column.type).replace("<item:", "<element:") for column in schema}
+        assert written == expected
+
+
+def test_one_row_per_row_group_in_the_sorted_order(split):
+    rows = []
+    for file in sorted((split / "volumes").glob("train-*.parquet")):
+        groups = pq.ParquetFile(file)
+        assert [groups.metadata.row_group(index).num_rows for index in range(groups.num_row_groups)] == (
+            [1] * groups.metadata.num_rows
+        )
+        rows += groups.read(["recon_id"]).to_pydict()["recon_id"]
+    # By number, as a person sorts: 10 comes after 3. Two in a shard, the last one short.
+    assert rows == ["train_1_a_1", "train_2_a_1", "train_3_a_1", "train_10_a_1", "train_11_a_1"]
+
+
+def test_a_row_holds_what_the_release_says(split):
+    row = pq.read_table(split / "volumes" / "train-00000-of-00003.parquet").to_pylist()[1]
+    volume, mask = decode_volume(row)
+    source_volume, source_mask = arrays(seed=1)
+    organs = load_organ_set("body_24").organs
+    box = (slice(1, 19), slice(3, 23), slice(2, 30))  # boxes 3..17, 6..20, 5..27 and margins 2, 3, 3
+    assert np.array_equal(volume, source_volume[box])  # same spacing: nothing is interpolated
+    for organ, classes in {"lung": (10, 12), "liver": (5,), "aorta": (52,)}.items():
+        assert np.array_equal(mask == organs.index(organ) + 1, np.isin(source_mask[box], classes)), organ
+    assert (row["patient_id"], row["scan_id"], row["recon_id"]) == ("train_2", "train_2_a", "train_2_a_1")
+    assert (row["shape"], row["spacing"]) == ([18, 20, 28], [3.0, 4.0, 4.0])
+    assert (row["findings"], row["impression"]) == (REPORT["findings"], REPORT["impression"])
+    assert row["labels"] == [{"finding": "Lung nodule", "value": 1}, {"finding": "Pleural effusion", "value": 0}]
+    assert [caption["organ"] for caption in row["captions"]] == list(organs)
+    captions = {caption.pop("organ"): caption for caption in row["captions"]}
+    assert captions["lung"] == {
+        "caption": "Pulmonary nodule. The left lung is clear. A 12 mm nodule is seen in the right lung.",
+        "is_abnormal": True,
+        "is_mentioned": True,
+    }
+    assert captions["liver"] == {"caption": "The liver is normal.", "is_abnormal": False, "is_mentioned": True}
+    assert captions["brain"]["is_mentioned"] is False and captions["brain"]["is_abnormal"] is False
+    assert captions["brain"]["caption"] == "brain shows no significant abnormalities."
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_loads_it(split, hub_cache, streaming):
+    from datasets import load_dataset
+
+    for name, expected in (("train", 5), ("validation", 1)):
+        dataset = load_dataset(str(split), "volumes", split=name, streaming=streaming, cache_dir=hub_cache)
+        rows = list(dataset)
+        assert len(rows) == expected
+        assert all(np.isfinite(decode_volume(row)[0]).all() for row in rows)
+        assert rows[0]["captions"][4]["organ"] == "lung" and rows[0]["captions"][4]["is_mentioned"] is True
+
+
+def test_the_card_tells_datasets_the_features_that_datasets_would_write(split):
+    from datasets import Features
+
+    header = yaml.safe_load((split / "README.md").read_text().split("---")[1])
+    ours = header["dataset_info"][0]["features"]
+    assert ours == Features.from_arrow_schema(SCHEMA)._to_yaml_list() == features(SCHEMA)
+    assert header["configs"][0]["default"] is True
+
+
+def test_the_code_in_the_card_runs_with_nothing_of_ours(split, tmp_path):
+    """The block as it stands in the card, in a fresh process that cannot import this repository."""
+    code = (split / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code += (
+        "\nimport sys, json\n"
+        "assert not any('fvlm' in name or 'data_builders' in name for name in sys.modules)\n"
+        "last = {'id': row['recon_id'], 'shape': volume.shape, 'sum': int(volume.sum()), 'organs': int(mask.sum())}\n"
+        "print(json.dumps(last))\n"
+    )
+    environment = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "USE_TORCH": "0"}
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=split, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    volume, mask = decode_volume(pq.read_table(split / "volumes" / "train-00002-of-00003.parquet").to_pylist()[-1])
+    assert json.loads(run.stdout.splitlines()[-1]) == {
+        "id": "train_11_a_1",
+        "shape": list(volume.shape),
+        "sum": int(volume.sum()),
+        "organs": int(mask.sum()),
+    }
+    assert len(run.stdout.splitlines()) == 5 + 1, "one line a case, and the one added above"
+
+
+def test_nothing_of_this_machine_goes_into_the_split(split, release):
+    for name, content in contents(split).items():
+        for part in (str(release), release.name, str(split.parent)):
+            assert part.encode() not in content, f"{name} holds {part!r}"
+
+
+def stop_after(monkeypatch, num_shards: int) -> None:
+    """Let the build die at the beginning of a later shard, with half of it on disk."""
+    write_shard, written = build_module.write_shard, []
+
+    def dying_write_shard(folder, shard, built):
+        if len(written) == num_shards:
+            (folder / shard.file).with_name(Path(shard.file).name + ".tmp").write_bytes(b"half a shard")
+            raise KeyboardInterrupt
+        written.append(shard.file)
+        return write_shard(folder, shard, built)
+
+    monkeypatch.setattr(build_module, "write_shard", dying_write_shard)
+
+
+@pytest.mark.parametrize("num_shards", [0, 1, 3])
+def test_a_killed_build_continues_and_ends_in_the_same_bytes(split, release, tmp_path, monkeypatch, num_shards):
+    out = tmp_path / "split"
+    with monkeypatch.context() as patch:
+        stop_after(patch, num_shards)
+        with pytest.raises(KeyboardInterrupt):
+            main(command(release, out))
+    assert not (out / "manifest.json").exists(), "a manifest says that the split is complete"
+    finished = sorted((out / "volumes").glob("*.parquet"))
+    assert len(finished) == num_shards
+    times = [file.stat().st_mtime_ns for file in finished]
+    assert main(command(release, out)) == 0
+    assert [file.stat().st_mtime_ns for file in finished] == times, "finished shards are not built again"
+    assert contents(out) == contents(split)
+    assert not (out / PROGRESS_FOLDER).exists()
+
+
+def test_a_shard_that_was_lost_later_is_built_again(split, release, tmp_path):
+    out = tmp_path / "split"
+    assert main(command(release, out)) == 0
+    (out / "volumes" / "train-00001-of-00003.parquet").unlink()
+    truncated = out / "volumes" / "validation-00000-of-00001.parquet"
+    truncated.write_bytes(truncated.read_bytes()[:100])
+    assert main(command(release, out)) == 0
+    assert contents(out) == contents(split)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (["--spacing", "3", "4", "5"], "spacing: [3.0, 4.0, 4.0] there, [3.0, 4.0, 5.0] here"),
+        (["--organs", "chest_4"], "organ_set.name: body_24 there, chest_4 here"),
+        (["--rows_per_shard", "3"], "rows_per_shard: 2 there, 3 here"),
+        (["--splits", "train"], "options.splits: ['train', 'validation'] there, ['train'] here"),
+    ],
+)
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_other_settings_do_not_continue_a_build(release, tmp_path, monkeypatch, capsys, changed, told, is_finished):
+    out = tmp_path / "split"
+    if is_finished:
+        assert main(command(release, out, "--splits", "train", "validation")) == 0
+    else:
+        with monkeypatch.context() as patch:
+            stop_after(patch, 1)
+            with pytest.raises(KeyboardInterrupt):
+                main(command(release, out))
+    before = contents(out)
+    assert main(command(release, out, *changed)) == 2
+    assert told in capsys.readouterr().err
+    assert contents(out) == before
+
+
+def test_a_changed_source_does_not_continue_a_build(tmp_path, capsys):
+    source, out = ct_rate_release(tmp_path / "release", NAMES[:2]), tmp_path / "split"
+    assert main(command(source, out, "--splits", "train")) == 0
+    reports = source / "dataset" / "radiology_text_reports" / "train_reports.csv"
+    reports.write_text(reports.read_text().replace("12 mm", "13 mm", 1))
+    assert main(command(source, out, "--splits", "train")) == 2
+    assert "another state of the source" in capsys.readouterr().err
+
+
+def test_a_folder_with_something_else_is_left_alone(release, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert main(command(release, tmp_path)) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert contents(tmp_path) == {"thesis.txt": b"precious"}
+
+
+def test_an_empty_shard_leaves_no_file_and_the_rest_loads(tmp_path, hub_cache):
+    """Two of three patients are broken, so the first shard (of two rows) holds nothing."""
+    from datasets import load_dataset
+
+    source, out = ct_rate_release(tmp_path / "release", NAMES[:3]), tmp_path / "split"
+    for number in (1, 2):
+        path = (
+            source / "dataset" / "train_fixed" / f"train_{number}" / f"train_{number}_a" / f"train_{number}_a_1.nii.gz"
+        )
+        path.write_bytes(path.read_bytes()[:200])
+    assert main(command(source, out, "--splits", "train")) == 0
+    assert [path.name for path in (out / "volumes").iterdir()] == ["train-00001-of-00002.parquet"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [entry["case"] for entry in manifest["skipped"]] == ["train_1_a_1", "train_2_a_1"]
+    assert manifest["splits"]["train"]["rows"] == 1
+    loaded = load_dataset(str(out), "volumes", split="train", cache_dir=hub_cache)
+    assert loaded["recon_id"][:] == ["train_3_a_1"]
+    assert main(command(source, out, "--splits", "train")) == 0, "and a second run finds it complete"
+
+
+@pytest.mark.slow
+def test_killed_for_real_with_two_workers(split, release, tmp_path):
+    """SIGKILL in the middle, then the same command to the end: the bytes of one worker that was never killed."""
+    out = tmp_path / "split"
+    arguments = [sys.executable, "-m", "data_builders", *command(release, out)]
+    arguments[arguments.index("--workers") + 1] = "2"
+    process = subprocess.Popen(arguments, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not list(out.glob("volumes/*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(out.glob("volumes/*.parquet"))
+    subprocess.run(arguments, cwd=REPOSITORY, check=True, timeout=300, stdout=subprocess.DEVNULL)
+    assert contents(out) == contents(split)

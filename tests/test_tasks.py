@@ -1,0 +1,138 @@
+"""Prompt sets: those that ship are consistent with organs and findings; a broken file is refused with the reason."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+from evaluation_samples import TASK
+
+from evaluation_fvlm.tasks import Item, available_tasks, check_task_labels, check_task_organs, load_task
+from modeling_fvlm.organs import load_organ_set
+
+HUB_CONFIGS = Path(__file__).resolve().parent.parent / "hub_configs"
+
+
+def written(tmp_path, **changes) -> Path:
+    """The tiny task with some of its keys replaced; None drops a key."""
+    content = copy.deepcopy(TASK) | changes
+    path = tmp_path / "task.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+    return path
+
+
+def item(**changes) -> list[dict]:
+    return [{"finding": "F", "organ": "lung", "positive": "F.", "negative": "No F."} | changes]
+
+
+def test_task_is_read_as_written(tmp_path):
+    task = load_task(written(tmp_path))
+    assert (task.name, task.version, task.findings[:2]) == ("tiny", 1, ["Nodule", "Big heart"])
+    assert task.items[0].positive == ("Nodule.", "There is nodule.")
+    # One negative sentence serves for both positive ones.
+    assert task.items[2] == Item("Small heart", "heart", ("Small.", "Small is seen."), ("Not small.", "Not small."))
+    assert len(task.prompts) == len(set(task.prompts)) == 11
+    for it in task.items:
+        assert {*it.positive, *it.negative} <= set(task.prompts)
+
+
+def test_digest_follows_what_moves_a_score(tmp_path):
+    digest = load_task(written(tmp_path)).digest
+    assert load_task(written(tmp_path, source="elsewhere", version=2, changes={2: "nothing"})).digest == digest
+    items = copy.deepcopy(TASK["items"])
+    items[1]["positive"] = "Bigger."
+    assert load_task(written(tmp_path, items=items)).digest != digest
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"version": None}, r"the keys \['version'\] are missing"),
+        ({"version": "1"}, "version '1' must be a whole number"),
+        ({"version": 2}, "changes must say what version 2 changed"),
+        ({"sauce": "x"}, "unknown key 'sauce'; nearest: 'source'"),
+        ({"items": []}, "at least one finding"),
+        ({"items": item() * 2}, r"findings \['F'\] appear more than once"),
+        ({"items": item(negative=False)}, r"item 1 \('F'\): negative False is not a text; put it in quotes"),
+        ({"items": item(positive=["F.", 3])}, "positive 3 is not a text"),
+        ({"items": item(positive=[])}, "positive is an empty list"),
+        (
+            {"items": item(positive=["a.", "b.", "c."], negative=["d.", "e."])},
+            "3 positive against 2 negative sentences",
+        ),
+        ({"items": item(positive=["a.", "a."], negative="b.")}, "appears more than once"),
+        ({"items": item(positive="No F.")}, "'No F.' stands as positive and as negative"),
+        ({"items": item(prompt="F.")}, "unknown key 'prompt'"),
+        ({"items": ["F"]}, "item 1: expected a mapping"),
+    ],
+)
+def test_broken_task_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_task(written(tmp_path, **changes))
+
+
+def test_bare_no_is_no_text(tmp_path):
+    """YAML reads a bare `no` as False; it must not become the prompt "False"."""
+    path = tmp_path / "task.yaml"
+    text = "name: t\nversion: 1\nsource: s\nchanges: {1: first}\nitems:\n"
+    path.write_text(text + "- {finding: F, organ: lung, positive: yes, negative: no}\n")
+    with pytest.raises(ValueError, match="positive True is not a text; put it in quotes"):
+        load_task(path)
+
+
+def test_unknown_names_are_answered_with_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match="no prompt set named 'ct_rate_61'.*nearest: 'ct_rate_16'"):
+        load_task("ct_rate_61")
+    with pytest.raises(ValueError, match="mine.yaml does not exist"):
+        load_task(tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_text("name: [")
+    with pytest.raises(ValueError, match="not readable YAML"):
+        load_task(tmp_path / "mine.yaml")
+    task = load_task(written(tmp_path))
+    with pytest.raises(
+        ValueError, match="finding 'Big aorta': organ 'aorta' is not in config.organs.*nearest: 'aortae'"
+    ):
+        check_task_organs(task, ["lung", "heart", "aortae"])
+    check_task_organs(task, ["aorta", "heart", "liver", "lung"])
+    assert check_task_labels(task, ["Big aorta", "Nodule", "Fracture"]) == ["Big heart", "Small heart"]
+    with pytest.raises(ValueError, match="none of its findings is among the split's 1 labels.*nearest: 'nodule'"):
+        check_task_labels(task, ["nodule"])
+
+
+@pytest.mark.parametrize("name, organ_set", [("ct_rate_16", "chest_4"), ("synthetic", "body_24")])
+def test_shipped_tasks_fit_their_organs(name, organ_set):
+    task = load_task(name)
+    assert task.name == name and name in available_tasks()
+    check_task_organs(task, load_organ_set(organ_set).organs)
+
+
+def test_ct_rate_16_is_spelt_as_the_labels_are():
+    # The columns of CT-RATE's multi_abnormality_labels files.
+    labels = [
+        *("Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion"),
+        *("Coronary artery wall calcification", "Hiatal hernia", "Lymphadenopathy", "Emphysema", "Atelectasis"),
+        *("Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion"),
+        *("Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis"),
+        "Interlobular septal thickening",
+    ]
+    task = load_task("ct_rate_16")
+    assert check_task_labels(task, labels) == [] and len(task.items) == 16
+    for it in task.items:
+        assert it.negative == (f"Not {it.positive[0]}",)
+
+
+def test_synthetic_task_covers_the_set_in_words_of_its_reports():
+    """Every finding in the organ it is painted in; every prompt a pattern of the reports filled with a noun."""
+    definition = yaml.safe_load((HUB_CONFIGS / "synthetic" / "findings.yaml").read_text())
+    task = load_task("synthetic")
+    assert [(it.finding, it.organ) for it in task.items] == [(f["finding"], f["organ"]) for f in definition["findings"]]
+    assert len(task.items) >= 30
+    for it, finding in zip(task.items, definition["findings"]):
+        said = {"positive": set(), "negative": set()}
+        for noun in finding["nouns"]:
+            words = {"n": noun, "N": noun[0].upper() + noun[1:]}
+            words["be"] = "are" if noun in finding.get("plural", []) else "is"
+            for kind, sentences in said.items():
+                sentences |= {pattern.format(**words) for pattern in definition[kind]}
+        assert set(it.positive) <= said["positive"], it.finding
+        assert set(it.negative) <= said["negative"], it.finding

@@ -1,0 +1,72 @@
+"""Two processes with half the batch each (gloo, started by `accelerate launch`) against one with the whole batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from two_process_worker import CASES, run_case
+
+WORKER = Path(__file__).with_name("two_process_worker.py")
+CPU_TWO = WORKER.parents[1] / "hub_configs" / "accelerate" / "cpu_two.yaml"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """Folder with what two processes saw in each case."""
+    folder = tmp_path_factory.mktemp("two")
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU_TWO)]
+    # A port of its own: two test processes of one machine may come here at the same time.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*launch, "--main_process_port", str(port), str(WORKER), str(folder)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return folder
+
+
+def read(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_have_the_loss_and_the_gradient_of_one(two, tmp_path, name):
+    facts, gradients = read(two, name), load_file(two / f"{name}.safetensors")
+    assert facts["world_size"] == 2 and facts["wrapper"] == "DistributedDataParallel", (
+        "two runs of one process agree too"
+    )
+    trainer, expected = run_case(name, tmp_path, batch_size=4)
+    assert trainer.args.world_size == 1
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    for one, both in zip(log, facts["log"], strict=True):
+        assert both == pytest.approx(one, rel=1e-4, abs=1e-5)
+    assert gradients.keys() == expected.keys() and "temperature.value" in gradients
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(
+            gradients[parameter],
+            gradient,
+            rtol=1e-4,
+            atol=1e-6 + 1e-6 * float(gradient.norm()),
+            msg=f"{name}: {parameter}",
+        )
+    metrics = trainer.evaluate()
+    timeless = [key for key in metrics if not key.endswith(("_runtime", "_per_second"))]
+    for key in timeless:
+        assert facts["eval"][key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-5), key
+    if name == "nothing to contrast":
+        assert log[0]["loss"] == 0 and not any(gradient.any() for gradient in gradients.values())
+    else:
+        assert log[0]["loss"] > 0 and all(gradient.any() for gradient in gradients.values())
+
+
+def test_two_processes_resume_in_the_middle_of_an_epoch(two):
+    whole, resumed = json.loads((two / "resume.json").read_text())
+    assert [line["step"] for line in whole] == [1, 2, 3, 4, 5, 6]
+    assert resumed == whole

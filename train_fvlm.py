@@ -1,0 +1,255 @@
+"""Train fVLM on CT volumes, organ masks and organ captions.
+
+Ten steps on a processed split, CPU:
+    python train_fvlm.py --recipe synthetic_demo --data out/split --output_dir out/run --max_steps 10
+
+Four GPUs, a smaller projection, the control with captions shuffled between patients:
+    accelerate launch --config_file hub_configs/accelerate/four_gpus.yaml train_fvlm.py --recipe synthetic \\
+        --data out/split --output_dir out/control --model.projection_dim 64 --shuffle_captions
+
+Continue a run that was stopped, exactly where its last checkpoint was:
+    python train_fvlm.py --recipe synthetic_demo --data out/split --output_dir out/run --resume_from_checkpoint true
+
+Settings come from the recipe (hub_configs/recipes); what stands on the command line wins. The output folder ends up
+with the model, its processor and code (loadable by `AutoModel.from_pretrained(..., trust_remote_code=True)`),
+README.md, run.json, organ_losses.csv and loss_curves.png.
+"""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, ProcessorMixin, set_seed
+from transformers.utils import logging
+
+from modeling_fvlm import FVLMConfig
+from modeling_fvlm.pipeline_fvlm import save_for_hub
+from training_fvlm.arguments import Settings, SettingsError, parse_settings
+from training_fvlm.build import build_model
+from training_fvlm.callbacks import CurveCallback
+from training_fvlm.collator import FVLMCollator
+from training_fvlm.curves import draw_if_logged
+from training_fvlm.data import (
+    ProcessedSplit,
+    caption_rows_of_other_patients,
+    check_against_recipe,
+    load_split,
+    read_description,
+)
+from training_fvlm.model_card import render_card
+from training_fvlm.organ_losses import last_rows
+from training_fvlm.trainer import FVLMTrainer
+
+logger = logging.get_logger("train_fvlm")
+RUN_FILE = "run.json"
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as the command line says; returns the exit status."""
+    try:
+        settings = parse_settings(sys.argv[1:] if argv is None else argv, description=__doc__)
+        train(settings)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(settings: Settings) -> None:
+    """Arguments -> datasets -> model -> FVLMTrainer -> save, card, push."""
+    args, data = settings.training, settings.data
+    logging.set_verbosity(args.get_process_log_level())
+    set_seed(args.seed)
+
+    # Data
+    description = read_description(data.data, data.data_revision)
+    check_against_recipe(description, settings.model, data.data)
+    train_dataset, eval_dataset = load_datasets(settings)
+
+    # Model
+    resumed = args.resume_from_checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(resumed, trust_remote_code=True) if resumed else None
+    model, processor = build_model(
+        settings.model, description, train_dataset, window_volumes=data.window_volumes, tokenizer=tokenizer
+    )
+    if resumed:
+        check_same_model(model.config, resumed)
+
+    # Trainer
+    crop = {"tokenizer": processor.tokenizer, "config": model.config, "seed": args.seed}
+    flips = {"flip_axes": data.flip_axes, "flip_probability": data.flip_probability}
+    trainer = FVLMTrainer(
+        model,
+        args,
+        train_dataset=train_dataset,
+        train_collator=FVLMCollator(is_random=data.random_crop, **flips, **crop),
+        eval_dataset=eval_dataset,
+        eval_collator=FVLMCollator(is_random=False, **crop),
+        processor=processor,
+        zero_shot=zero_shot_evaluation(settings, processor) if data.eval_tasks else None,
+        callbacks=[CurveCallback()],
+    )
+    run = describe_run(settings, trainer)
+    trainer.write_card = lambda: write_card(trainer, run)
+    if trainer.is_world_process_zero():
+        write_run(run, args.output_dir)
+
+    start_time = time.time()
+    trainer.train(resume_from_checkpoint=resumed)
+    run["steps"], run["train_seconds"] = trainer.state.global_step, round(time.time() - start_time, 1)
+    if eval_dataset is not None and not was_just_evaluated(trainer):
+        trainer.evaluate()
+
+    # Save
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_run(run, args.output_dir)
+        draw_if_logged(args.output_dir)
+        save_for_hub(trainer.accelerator.unwrap_model(trainer.model), processor, args.output_dir)
+        trainer.write_card()
+        logger.warning("trained %d steps in %.0f s: %s", run["steps"], run["train_seconds"], args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()  # the output folder without its checkpoints; the data set is never part of it
+    trainer.end()
+
+
+def load_datasets(settings: Settings) -> tuple[ProcessedSplit, ProcessedSplit | None]:
+    """The training rows, captions shuffled in the control, and the evaluation rows unless --eval_strategy is no."""
+    args, data = settings.training, settings.data
+    # The first process converts Parquet to a memory-mapped table; the others then find it.
+    with args.main_process_first(desc="loading the data set"):
+        rows = load_split(data.data, data.train_split, revision=data.data_revision, max_rows=data.max_train_rows)
+        eval_rows = None
+        if args.eval_strategy != "no":
+            eval_rows = load_split(data.data, data.eval_split, revision=data.data_revision, max_rows=data.max_eval_rows)
+    if len(rows) < args.group_size:
+        raise SettingsError(
+            f"{data.data}, split {data.train_split}: {len(rows)} rows do not fill one batch of {args.group_size} "
+            "(--per_device_train_batch_size times processes)."
+        )
+    caption_rows = None
+    if data.shuffle_captions:
+        caption_rows = caption_rows_of_other_patients(list(rows["patient_id"]), args.seed)
+    return ProcessedSplit(rows, caption_rows), None if eval_rows is None else ProcessedSplit(eval_rows)
+
+
+def zero_shot_evaluation(
+    settings: Settings, processor: ProcessorMixin
+) -> Callable[[PreTrainedModel], dict[str, float]]:
+    """Zero-shot scores during training: the prompt sets of --eval_tasks on the evaluation split.
+
+    Wired here because the training and evaluation rooms do not know each other.
+    """
+    from evaluation_fvlm.metrics import summarize
+    from evaluation_fvlm.split import open_split, select_scans
+    from evaluation_fvlm.tasks import load_task
+    from evaluation_fvlm.zero_shot import evaluate_split
+
+    data = settings.data
+    try:
+        tasks = [load_task(name) for name in data.eval_tasks]
+    except ValueError as error:
+        raise SettingsError(f"--eval_tasks: {error}") from error
+    scans = select_scans(open_split(data.data, data.eval_split, data.data_revision), limit=data.max_eval_rows)
+
+    def evaluate(model: PreTrainedModel) -> dict[str, float]:
+        frame = evaluate_split(model, processor, scans, tasks, batch_size=settings.training.eval_batch_size).frame
+        scores = {task.name: summarize(frame[frame["task"] == task.name])["macro_auc"] for task in tasks}
+        return {f"{name}_macro_auc": score for name, score in scores.items() if score is not None}
+
+    return evaluate
+
+
+def check_same_model(config: FVLMConfig, checkpoint: str) -> None:
+    """Refuse to resume a checkpoint with settings that make another model than the one it holds."""
+    saved, now = (_flat(each.to_dict()) for each in (FVLMConfig.from_pretrained(checkpoint), config))
+    differing = [
+        f"{name}: {now.get(name)!r} here, {saved.get(name)!r} there"
+        for name in sorted(set(saved) | set(now))
+        if saved.get(name) != now.get(name)
+    ]
+    if differing:
+        raise SettingsError(
+            f"{checkpoint} was trained with another model section ({'; '.join(differing)}). Resume with the settings "
+            "in its run.json, or start anew in another --output_dir."
+        )
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config's entries by dotted name, without those that saving adds."""
+    added = ("architectures", "auto_map", "custom_pipelines", "dtype", "transformers_version", "_name_or_path")
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in added:
+            continue
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def was_just_evaluated(trainer: FVLMTrainer) -> bool:
+    """True if the last step's evaluation is in the log already."""
+    return any("eval_loss" in line and line["step"] == trainer.state.global_step for line in trainer.state.log_history)
+
+
+def describe_run(settings: Settings, trainer: FVLMTrainer) -> dict[str, Any]:
+    """Content of run.json: resolved settings, sizes, library versions and the command that made the run."""
+    args = settings.training
+    rows = {settings.data.train_split: len(trainer.train_dataset)}
+    if trainer.eval_dataset is not None:
+        rows[settings.data.eval_split] = len(trainer.eval_dataset)
+    run = {
+        "command": " ".join(["train_fvlm.py", *sys.argv[1:]]),
+        "recipe": settings.recipe,
+        "model": json.loads(trainer.model.config.to_json_string()),
+        "data": asdict(settings.data),
+        "training": args.to_sanitized_dict(),
+        "data_name": Path(settings.data.data).resolve().name
+        if Path(settings.data.data).is_dir()
+        else settings.data.data,
+        "data_rows": rows,
+        "num_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "group_size": args.group_size,
+        "processes": args.world_size,
+        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
+        "precision": {"no": "fp32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "steps": 0,
+    }
+    # The folder of the run may be published: whose machine it was is nobody's business.
+    text, home = json.dumps(run, default=str), json.dumps(str(Path.home()))[1:-1]
+    return json.loads(text if home == "/" else text.replace(home, "~"))
+
+
+def write_run(run: dict[str, Any], output_dir: str) -> None:
+    """Write run.json."""
+    path = Path(output_dir) / RUN_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
+def write_card(trainer: FVLMTrainer, run: dict[str, Any]) -> None:
+    """Write README.md from the config, the run's settings and its last losses."""
+    evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
+    card = render_card(
+        trainer.accelerator.unwrap_model(trainer.model).config,
+        run,
+        last_rows(trainer.train_file.read(), num_windows=5),
+        last_rows(trainer.eval_file.read()) if evaluations else {},
+        evaluations[-1] if evaluations else {},
+    )
+    (Path(trainer.args.output_dir) / "README.md").write_text(card, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

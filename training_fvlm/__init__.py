@@ -1,0 +1,1 @@
+"""Training of fVLM: settings, data, collator, trainer, loss curves and model card. The command is `train_fvlm.py`."""

@@ -1,0 +1,476 @@
+"""Settings of a training run: a recipe file first, the command line on top of it.
+
+A recipe is YAML with the sections `model`, `data` and `training` (and `name`, `version`, `description`):
+
+    model:     fields of FVLMConfig, with `vision_config` nested and `text_encoder` in place of `text_config`
+    data:      fields of DataArguments
+    training:  fields of FVLMTrainingArguments, the Trainer's hundred among them
+
+(1) the recipe's values become the defaults of the command line, (2) the command line overrides them, (3) a name that no
+section knows is refused with the nearest one that exists, (4) what cannot work together is refused, all before any
+data is read. `--model.a.b VALUE` reaches into the model section; `--training.x` and `--data.x` are the same as `--x`.
+"""
+
+import argparse
+import difflib
+import inspect
+import os
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import CONFIG_MAPPING, AutoConfig, HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from modeling_fvlm.configuration_fvlm import AXES, FVLMConfig, FVLMVisionConfig
+
+logger = logging.get_logger(__name__)
+
+RECIPES = Path(__file__).resolve().parent.parent / "hub_configs" / "recipes"
+RECIPE_KEYS = ("name", "version", "description", "model", "data", "training")
+TEXT_ENCODER_KEYS = ("from_scratch", "vocab_size", "pretrained", "revision")
+# Written by the run itself: organs and their classes come with the organ set, text_config with the text encoder.
+DERIVED_MODEL_KEYS = ("organs", "organ_classes", "text_config")
+
+
+class SettingsError(ValueError):
+    """A recipe or command line that cannot run: the command shows the message and not a traceback."""
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Safe YAML that reads `2e-3` as the number it is (YAML 1.1 wants `2.0e-3` and gives a string otherwise)."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_yaml(text: str) -> Any:
+    """Parse YAML text safely, `2e-3` being a number."""
+    return yaml.load(text, Loader=_YamlLoader)  # noqa: S506 - a subclass of SafeLoader
+
+
+@dataclass
+class DataArguments:
+    """Where the volumes come from and what becomes of them before the network."""
+
+    _argument_group_name = "recipe and data"
+
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": "YAML file, or the name of one in hub_configs/recipes, e.g. synthetic_demo."},
+    )
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Processed split to train on: folder written by `python -m data_builders`, or a Hub id."},
+    )
+    data_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the data set, when --data is a Hub id."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Name of the split to train on."})
+    eval_split: str = field(
+        default="validation", metadata={"help": "Name of the split to evaluate on (see --eval_strategy)."}
+    )
+    max_train_rows: int | None = field(
+        default=None, metadata={"help": "Use only the first so many rows (reconstructions) of the training split."}
+    )
+    max_eval_rows: int | None = field(
+        default=None, metadata={"help": "Use only the first so many rows of the evaluation split."}
+    )
+    random_crop: bool = field(
+        default=True,
+        metadata={
+            "help": "Crop training volumes at a random place, another one each epoch. Off: always the centre. "
+            "Evaluation is always centred."
+        },
+    )
+    flip_axes: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Axes (depth, height, width) along which a training volume may be flipped. None by default: a flip "
+            "along width makes every `left` in the captions wrong."
+        },
+    )
+    flip_probability: float = field(
+        default=0.2, metadata={"help": "Chance of a flip, for each of --flip_axes on its own (published: 0.2)."}
+    )
+    shuffle_captions: bool = field(
+        default=False,
+        metadata={
+            "help": "The control: give every training patient the captions of another patient. Losses then fall no "
+            "lower than what organ and prevalence explain, and zero-shot AUC stays near 0.5."
+        },
+    )
+    window_volumes: int = field(
+        default=64,
+        metadata={"help": "Training volumes measured for windows whose mean and std are `auto` in the recipe."},
+    )
+    eval_tasks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Prompt sets (hub_configs/prompts) whose zero-shot macro AUC on the evaluation split is logged at "
+            "each evaluation."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.data is None:
+            raise SettingsError("--data is missing: a folder written by `python -m data_builders ...`, or a Hub id.")
+        for axis in self.flip_axes:
+            if axis not in AXES:
+                raise SettingsError(f"--flip_axes {axis!r} is no axis; choose from {', '.join(AXES)}.")
+        if not 0 <= self.flip_probability <= 1:
+            raise SettingsError(f"--flip_probability {self.flip_probability} must lie in [0, 1].")
+        for name in ("max_train_rows", "max_eval_rows", "window_volumes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise SettingsError(f"--{name} {getattr(self, name)} must be at least 1.")
+        if "width" in self.flip_axes:
+            logger.warning("--flip_axes width mirrors patients: captions that say left or right become wrong.")
+
+
+@dataclass
+class FVLMTrainingArguments(TrainingArguments):
+    """The Trainer's arguments with the defaults this model needs; each help text names the departure."""
+
+    _argument_group_name = "training (transformers.TrainingArguments)"
+
+    weight_decay_everywhere: bool = field(
+        default=False,
+        metadata={
+            "help": "Decay every parameter, as the published run did. Off: norms, biases, position embeddings and the "
+            "temperature are left alone."
+        },
+    )
+    logging_steps: float = field(
+        default=20, metadata={"help": "Optimizer steps per log line and per row of organ_losses.csv. Trainer: 500."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Replace a NaN loss by an average in the log. Trainer: True; here such a run stops."},
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints kept, the oldest goes first. Trainer: all of them."}
+    )
+    dataloader_drop_last: bool = field(
+        default=True,
+        metadata={"help": "Drop the last, smaller batch of an epoch: it contrasts fewer patients. Trainer: False."},
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay off: the collator reads columns that the model does not."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={
+            "help": "Let DDP look for parameters a step did not use; needed for a text encoder with weights no caption "
+            "reads. Trainer: on, unless activations are checkpointed."
+        },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Continue from a checkpoint: `true` for the newest in --output_dir, `auto` for the same but start "
+            "afresh if there is none, or a folder. Weights become those of a run that was never stopped; log lines "
+            "too, if --save_steps is a multiple of --logging_steps."
+        },
+    )
+    hub_strategy: str = field(
+        default="end",
+        metadata={"help": "When --push_to_hub pushes. Trainer: at every save, without code, card and curves."},
+    )
+    hub_private_repo: bool | None = field(
+        default=True,
+        metadata={"help": "Make the repository of --push_to_hub private. Trainer: your account's default."},
+    )
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise SettingsError("--output_dir is missing: the folder for checkpoints, losses and the final model.")
+        super().__post_init__()
+        if self.remove_unused_columns or not self.dataloader_drop_last:
+            raise SettingsError(
+                "--remove_unused_columns must be off and --dataloader_drop_last on: the collator reads every column, "
+                "and ranks gather batches of one size."
+            )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise SettingsError(f"--train_sampling_strategy {self.train_sampling_strategy} is not for volumes: random.")
+        if self.group_size < 2:
+            raise SettingsError(
+                "--per_device_train_batch_size 1 on one process contrasts a patient with nobody: use at least 2."
+            )
+        if self.gradient_accumulation_steps > 1:
+            logger.warning(
+                "--gradient_accumulation_steps %d averages gradients; each micro-batch still contrasts only its own %d "
+                "patients. A larger contrast takes a larger --per_device_train_batch_size.",
+                self.gradient_accumulation_steps,
+                self.group_size,
+            )
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # pinned memory serves copies to a GPU only
+
+    @property
+    def group_size(self) -> int:
+        """Patients contrasted with each other: the batch of all processes together."""
+        return self.per_device_train_batch_size * self.world_size
+
+
+@dataclass
+class Settings:
+    """A run's resolved settings; `recipe` holds its name and version, `model` the section to build a model from."""
+
+    recipe: dict[str, Any]
+    model: dict[str, Any]
+    data: DataArguments
+    training: FVLMTrainingArguments
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the line breaks of the description and adds each default to its help."""
+
+
+def parse_settings(argv: Sequence[str], description: str) -> Settings:
+    """Read the recipe and the command line into settings, or say what is wrong with them.
+
+    Args:
+        argv: Command-line words without the program's name.
+        description: Text that opens `--help`.
+
+    Raises:
+        SettingsError: If a name is unknown, a value does not fit, or two of them exclude each other.
+    """
+    words, model_overrides = _split_off_model(argv)
+    parser = HfArgumentParser(
+        [DataArguments, FVLMTrainingArguments],
+        usage="train_fvlm.py --recipe NAME --data DIR --output_dir DIR [--NAME VALUE ...] [--model.NAME VALUE ...]",
+        description=description,
+        epilog=_model_help(),
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    recipe = _read_recipe(_recipe_argument(words))
+
+    # (1)
+    data_names = [entry.name for entry in fields(DataArguments) if entry.name != "recipe"]
+    training_names = [entry.name for entry in fields(FVLMTrainingArguments) if entry.init]
+    refuse_unknown(recipe["data"], data_names, "the recipe's data section")
+    refuse_unknown(recipe["training"], training_names, "the recipe's training section")
+    parser.set_defaults(**recipe["data"], **recipe["training"])
+
+    # (2)
+    data, training, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        flags = [word.split("=")[0].lstrip("-") for word in unknown if word.startswith("-")]
+        refuse_unknown(flags, ["recipe", *data_names, *training_names], "the command line")
+        raise SettingsError(f"the command line holds words that belong to no argument: {' '.join(unknown)}")
+    model = recipe["model"]
+    for path, value in model_overrides:
+        _set_nested(model, path, value)
+    # (3)
+    _check_model_names(model)
+    training.resume_from_checkpoint = _checkpoint_to_resume(training)
+    # (4)
+    _check_combinations(data, training, model)
+    identity = {key: recipe[key] for key in ("name", "version") if recipe.get(key) is not None}
+    return Settings(identity, model, data, training)
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise for the first of `names` that is not among `known`, and name the nearest that is."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise SettingsError(f"{where}: unknown name {name!r}; nearest: {nearest[0]!r}.")
+
+
+def _split_off_model(argv: Sequence[str]) -> tuple[list[str], list[tuple[list[str], Any]]]:
+    """Separate `--model.a.b VALUE [VALUE ...]` from the words argparse reads; values are YAML."""
+    words: list[str] = []
+    overrides: list[tuple[list[str], Any]] = []
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if not word.startswith("--model."):
+            words.append(re.sub(r"^--(?:training|data)\.", "--", word))
+            continue
+        flag, is_joined, joined = word.partition("=")
+        values = [joined] if is_joined else []
+        while not is_joined and position < len(argv) and not argv[position].startswith("--"):
+            values.append(argv[position])
+            position += 1
+        if not values:
+            raise SettingsError(f"{flag} needs a value, e.g. `--model.projection_dim 128`.")
+        parsed = [load_yaml(value) for value in values]
+        overrides.append((flag.removeprefix("--model.").split("."), parsed[0] if len(parsed) == 1 else parsed))
+    return words, overrides
+
+
+def _recipe_argument(words: Sequence[str]) -> str | None:
+    """The recipe must be known before the others are parsed: its values are their defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe")
+    return parser.parse_known_args(list(words))[0].recipe
+
+
+def _read_recipe(name_or_path: str | None) -> dict[str, Any]:
+    """Read a recipe file; every section is there afterwards, empty where the file has none."""
+    recipe: dict[str, Any] = {}
+    if name_or_path is not None:
+        path = Path(name_or_path)
+        if not path.is_file():
+            path = RECIPES / f"{name_or_path.removesuffix('.yaml')}.yaml"
+        if not path.is_file():
+            known = sorted(entry.stem for entry in RECIPES.glob("*.yaml"))
+            raise SettingsError(f"--recipe {name_or_path} is neither a file nor one of {', '.join(known)}.")
+        try:
+            recipe = load_yaml(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise SettingsError(f"{path} is no YAML: {error}") from error
+        if not isinstance(recipe, dict):
+            raise SettingsError(f"{path} must be a mapping with the sections model, data and training.")
+        refuse_unknown(recipe, RECIPE_KEYS, str(path))
+    for section in ("model", "data", "training"):
+        recipe[section] = recipe.get(section) or {}
+        if not isinstance(recipe[section], dict):
+            raise SettingsError(f"{name_or_path}: section {section} must be a mapping of names to values.")
+    return recipe
+
+
+def _set_nested(section: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set `section[a][b] = value` for the path [a, b], making the mappings on the way."""
+    for key in path[:-1]:
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            raise SettingsError(f"--model.{'.'.join(path)}: {key!r} holds a value and no names of its own.")
+    section[path[-1]] = value
+
+
+def _own_fields(config_class: type) -> list[str]:
+    """Names a config class declares itself, without the many every PreTrainedConfig inherits."""
+    return list(inspect.get_annotations(config_class))
+
+
+def model_fields() -> list[str]:
+    """Names the model section may hold."""
+    own = [name for name in _own_fields(FVLMConfig) if name not in DERIVED_MODEL_KEYS]
+    return [*own, "text_encoder"]
+
+
+def _check_model_names(model: dict[str, Any]) -> None:
+    """Refuse names the configs do not have: they would be taken as silent extra attributes."""
+    for name in DERIVED_MODEL_KEYS:
+        if name in model:
+            raise SettingsError(
+                f"model.{name} is not set by hand: organs come from `organ_set` and the data, text_config from "
+                "`text_encoder`."
+            )
+    refuse_unknown(model, model_fields(), "the model section")
+    vision = model.setdefault("vision_config", {})
+    refuse_unknown(vision, _own_fields(FVLMVisionConfig), "model.vision_config")
+    text = model.setdefault("text_encoder", {})
+    refuse_unknown(text, TEXT_ENCODER_KEYS, "model.text_encoder")
+    if ("from_scratch" in text) == ("pretrained" in text):
+        raise SettingsError(
+            "model.text_encoder needs exactly one of from_scratch (config fields; set vocab_size beside it) and "
+            f"pretrained (a folder or Hub id), got {sorted(text)}."
+        )
+    if "from_scratch" in text:
+        model_type = text["from_scratch"].get("model_type", "bert")
+        if model_type not in CONFIG_MAPPING:
+            raise SettingsError(
+                f"model.text_encoder.from_scratch.model_type {model_type!r} is unknown to transformers."
+            )
+        known = [name for name in AutoConfig.for_model(model_type).to_dict() if name != "vocab_size"]
+        refuse_unknown(text["from_scratch"], [*known, "model_type"], "model.text_encoder.from_scratch")
+        if not isinstance(text.get("vocab_size"), int) or text["vocab_size"] < 100:
+            raise SettingsError(
+                f"model.text_encoder.vocab_size {text.get('vocab_size')} must be a count of at least 100 word pieces."
+            )
+    elif "vocab_size" in text:
+        raise SettingsError("model.text_encoder.vocab_size is for from_scratch; a pretrained encoder brings its own.")
+
+
+def _check_combinations(data: DataArguments, training: FVLMTrainingArguments, model: dict[str, Any]) -> None:
+    """Refuse what could only fail after the data has been read."""
+    if data.max_train_rows is not None and data.max_train_rows < training.group_size:
+        raise SettingsError(
+            f"--max_train_rows {data.max_train_rows} is less than one batch of {training.group_size} patients "
+            f"({training.world_size} processes of {training.per_device_train_batch_size})."
+        )
+    if data.eval_tasks and training.eval_strategy == "no":
+        raise SettingsError("--eval_tasks without --eval_strategy steps or epoch would never be scored.")
+    # The config checks every size by itself; organs and text stand in here for those the data and the encoder bring.
+    build_config(model, organs=["organ"], organ_classes={}, text_config={"model_type": "bert"})
+
+
+def build_config(model: dict[str, Any], **given: Any) -> FVLMConfig:
+    """Make the model's config from a model section; `given` are the fields the data and the text encoder decide.
+
+    Windows may still read `mean: auto`: they are checked with 0 and 1 in its place.
+    """
+    known = {key: value for key, value in model.items() if key != "text_encoder"} | given
+    windows = known.get("windows")
+    if windows is not None:
+        filled = [
+            dict(window, mean=_number(window, "mean", 0.0), std=_number(window, "std", 1.0)) for window in windows
+        ]
+        known["windows"] = filled
+        known["vision_config"] = {"num_channels": len(filled), **known["vision_config"]}
+    try:
+        return FVLMConfig(**known)
+    except Exception as error:  # strict dataclasses raise errors of their own that are no ValueError
+        raise SettingsError(f"the model section does not make a model: {error}") from error
+
+
+def _number(window: dict[str, Any], key: str, when_auto: float) -> Any:
+    value = window.get(key, when_auto)
+    return when_auto if value == "auto" else value
+
+
+def has_auto_windows(model: dict[str, Any]) -> bool:
+    """True if the mean or std of some window is to be measured on the training volumes."""
+    return any("auto" in (window.get("mean"), window.get("std")) for window in model.get("windows") or ())
+
+
+def _checkpoint_to_resume(training: FVLMTrainingArguments) -> str | None:
+    """Turn `--resume_from_checkpoint true` into the newest checkpoint of the output folder, and check a named one."""
+    named = training.resume_from_checkpoint
+    newest = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
+    if named is None or str(named).lower() in ("false", "none", "no"):
+        if newest is not None:
+            raise SettingsError(
+                f"{training.output_dir} holds {Path(newest).name} of an earlier run. Continue it with "
+                "--resume_from_checkpoint true, or choose another --output_dir."
+            )
+        return None
+    if str(named).lower() in ("true", "auto"):
+        if newest is None and str(named).lower() == "true":
+            raise SettingsError(f"--resume_from_checkpoint {named}: there is no checkpoint in {training.output_dir}.")
+        return newest
+    if not (Path(named) / "trainer_state.json").is_file():
+        raise SettingsError(f"--resume_from_checkpoint {named} is no checkpoint: it holds no trainer_state.json.")
+    return str(named)
+
+
+def _model_help() -> str:
+    """Tell which names `--model.NAME VALUE` takes, from the configs themselves."""
+    entries = {
+        "--model.NAME VALUE": ", ".join(model_fields()),
+        "--model.vision_config.NAME VALUE": ", ".join(_own_fields(FVLMVisionConfig)),
+        "--model.text_encoder.from_scratch.NAME VALUE": "fields of the text config, BERT by default",
+        "--model.text_encoder.pretrained NAME": "folder or Hub id of a text encoder whose weights are kept",
+    }
+    lines = ["model (any name of the recipe's model section; values in YAML):"]
+    for flag, text in entries.items():
+        lines += [f"  {flag}", *textwrap.wrap(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+    return "\n".join([*lines, "  example: --model.windows '[{hu_min: -1150, hu_max: 350, mean: auto, std: auto}]'"])

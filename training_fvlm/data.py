@@ -1,0 +1,194 @@
+"""The processed split as a trainer reads it: its description, its rows in a repeatable order, the shuffled control.
+
+Rows come from the config `volumes` of a folder written by `data_builders` (or the same on the Hub). What a random crop
+looks like hangs on (seed, epoch, row) alone, never on the state of a worker, so the sampler hands out (epoch, row)
+pairs: a resumed run then sees exactly the crops of an undisturbed one, with any number of workers and processes.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+
+from modeling_fvlm.organs import load_organ_set
+from modeling_fvlm.processed_split import load_rows
+
+from .arguments import SettingsError
+
+COLUMNS = ("patient_id", "scan_id", "volume", "mask", "shape", "captions")
+
+
+@dataclass(frozen=True)
+class SplitDescription:
+    """How a processed split was made, from its manifest.json.
+
+    Attributes:
+        organ_set: Name of the organ set.
+        organs: Organ names; a stored mask holds the index in this tuple + 1.
+        organ_classes: For each organ the TotalSegmentator classes it is made of, per numbering.
+        spacing: mm between voxel centres along (depth, height, width).
+        margin_voxels: Margin left around the organs' box, voxels along (depth, height, width).
+    """
+
+    organ_set: str
+    organs: tuple[str, ...]
+    organ_classes: dict[str, Any]
+    spacing: tuple[float, ...]
+    margin_voxels: tuple[int, ...]
+
+
+def read_description(data: str, revision: str | None = None) -> SplitDescription:
+    """Read manifest.json of a local folder or of a data set on the Hub."""
+    path = Path(data) / "manifest.json"
+    if not path.is_file():
+        if Path(data).exists():
+            raise SettingsError(
+                f"--data {data}: no manifest.json there. Give the folder that `python -m data_builders ... --out` "
+                "wrote, the one that holds README.md and volumes/."
+            )
+        path = Path(hf_hub_download(data, "manifest.json", repo_type="dataset", revision=revision))
+    settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    organ_set = settings["organ_set"]
+    return SplitDescription(
+        organ_set=organ_set["name"],
+        organs=tuple(organ_set["organs"]),
+        organ_classes=organ_set.get("classes", {}),
+        spacing=tuple(settings["spacing"]),
+        margin_voxels=tuple(settings["margin_voxels"]),
+    )
+
+
+def check_against_recipe(description: SplitDescription, model: dict[str, Any], data: str) -> None:
+    """Refuse a recipe that names other organs, spacing or margin than the split was built with.
+
+    Both travel with the weights, and a scan at inference is prepared by them: a model that says one thing and was
+    trained on another would be wrong in silence.
+    """
+    if model.get("organ_set") is not None:
+        try:
+            organs = tuple(load_organ_set(model["organ_set"]).organs)
+        except ValueError as error:
+            # A set of the user's own, named but not in hub_configs/organs: the split brings it along.
+            if model["organ_set"] != description.organ_set:
+                raise SettingsError(f"model.organ_set: {error}") from error
+            organs = description.organs
+        if organs != description.organs:
+            missing, extra = set(organs) - set(description.organs), set(description.organs) - set(organs)
+            detail = f"missing {sorted(missing)}, unknown {sorted(extra)}" if missing or extra else "in another order"
+            raise SettingsError(
+                f"the recipe's organ_set {model['organ_set']} ({len(organs)} organs) is not the split's "
+                f"{description.organ_set} ({len(description.organs)} organs; {detail}). Build {data} again with "
+                f"`--organs {model['organ_set']}`, or train with --model.organ_set {description.organ_set}."
+            )
+    for name, unit in (("spacing", "mm"), ("margin_voxels", "voxels")):
+        asked, built = model.get(name), getattr(description, name)
+        if asked is not None and not np.allclose(asked, built, atol=1e-4):
+            raise SettingsError(
+                f"the recipe's {name} {tuple(asked)} {unit} is not the split's {built} {unit} (depth, height, width). "
+                f"Leave model.{name} out to take the split's, or build {data} again."
+            )
+
+
+def load_split(data: str, split: str, *, revision: str | None = None, max_rows: int | None = None) -> datasets.Dataset:
+    """Load a split as a memory-mapped table of the columns training reads."""
+    try:
+        rows = load_rows(data, split, revision)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    missing = [name for name in COLUMNS if name not in rows.column_names]
+    if missing:
+        raise SettingsError(f"{data}, split {split}: columns {missing} are missing; it has {rows.column_names}.")
+    if len(rows) == 0:
+        raise SettingsError(f"{data}, split {split}: there are no rows.")
+    if max_rows is not None:
+        rows = rows.select(range(min(max_rows, len(rows))))
+    return rows.select_columns(list(COLUMNS))
+
+
+def caption_rows_of_other_patients(patient_ids: list[str], seed: int) -> np.ndarray:
+    """For each row, the row whose captions it gets in the shuffled control.
+
+    Patients are put in a random circle and each takes the captions of the next one, so none keeps his own, and all
+    captions of a patient move together: how often an organ is abnormal stays as it was.
+
+    Returns:
+        `(rows,)` int64.
+    """
+    rows_of: dict[str, list[int]] = {}
+    for row, patient_id in enumerate(patient_ids):
+        rows_of.setdefault(patient_id, []).append(row)
+    if len(rows_of) < 2:
+        raise SettingsError("--shuffle_captions needs at least two patients in the training split.")
+    patients = list(rows_of)
+    order = np.random.default_rng(seed).permutation(len(patients))
+    source = np.empty(len(patient_ids), dtype=np.int64)
+    for place, patient in enumerate(order):
+        giver = rows_of[patients[order[(place + 1) % len(order)]]]
+        for number, row in enumerate(rows_of[patients[patient]]):
+            source[row] = giver[number % len(giver)]
+    return source
+
+
+class ProcessedSplit(torch.utils.data.Dataset):
+    """Rows of a split for the collator, addressed by a row number or by (epoch, row number).
+
+    Args:
+        rows: Table from `load_split`.
+        caption_rows: Row whose captions each row gets, from `caption_rows_of_other_patients`; None: its own.
+    """
+
+    def __init__(self, rows: datasets.Dataset, caption_rows: np.ndarray | None = None):
+        self.rows = rows
+        self.caption_rows = caption_rows
+        self.captions = rows.select_columns(["captions"])  # reads no volume when only a caption is wanted
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        row = self.rows[int(index)]
+        if self.caption_rows is not None:
+            row["captions"] = self.captions[int(self.caption_rows[index])]["captions"]
+        return {**row, "epoch": int(epoch), "row": int(index)}
+
+    def patient_ids(self) -> list[str]:
+        """Patient of each row."""
+        return list(self.rows["patient_id"])
+
+    def caption_texts(self) -> Iterator[str]:
+        """Every caption of the split, row after row."""
+        for row in self.captions:
+            for entry in row["captions"]:
+                yield entry["caption"]
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """(epoch, row) pairs in an order that hangs on (seed, epoch) alone, the same on every rank.
+
+    Accelerate shards the batches of this order over the ranks.
+    """
+
+    def __init__(self, num_rows: int, seed: int, is_shuffled: bool = True):
+        self.num_rows, self.seed, self.is_shuffled = num_rows, seed, is_shuffled
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.epoch
+        order = np.arange(self.num_rows)
+        if self.is_shuffled:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_rows)
+        return ((epoch, int(row)) for row in order)

@@ -1,0 +1,163 @@
+"""README.md of a trained model: what it was trained on, how to feed it, and what it is not for.
+
+Everything that preprocessing depends on is written from the config, so that card and weights cannot disagree.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from modeling_fvlm.configuration_fvlm import FVLMConfig
+
+from .organ_losses import OrganLossRow
+
+LIMITS = "Research only, not for diagnosis."
+
+
+def render_card(
+    config: FVLMConfig,
+    run: dict[str, Any],
+    train_rows: dict[str, OrganLossRow],
+    eval_rows: dict[str, OrganLossRow],
+    final_metrics: dict[str, float],
+) -> str:
+    """Write the card.
+
+    Args:
+        config: The model's config.
+        run: Content of run.json: `recipe`, `data`, `training`, `versions`, `num_parameters`, `data_rows`.
+        train_rows, eval_rows: Last losses of each organ (`organ_losses.last_rows`); evaluation may be empty.
+        final_metrics: Numbers of the last evaluation, for the zero-shot lines.
+    """
+    vision, training = config.vision_config, run["training"]
+    card = [
+        "---",
+        "license: apache-2.0",
+        "library_name: transformers",
+        "pipeline_tag: zero-shot-image-classification",
+        "tags: [ct, radiology, vision-language, fvlm]",
+        "---",
+        "",
+        "# fVLM: a CT volume and sentences, organ by organ",
+        "",
+        f"**{LIMITS}**",
+        "",
+        f"A 3D vision-language model with {run['num_parameters']:,} parameters that compares each of "
+        f"{len(config.organs)} organs of a CT with sentences about that organ. It was trained on pairs of an organ and "
+        "the caption a report gives it, without labels (Shui et al., ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D).",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModel, AutoProcessor",
+        "",
+        'model = AutoModel.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True)',
+        'processor = AutoProcessor.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True)',
+        'inputs = processor(volumes=["ct.nii.gz"], masks=["totalsegmentator.nii.gz"])',
+        "organs = model.get_organ_features(**inputs)",
+        "organs.image_embeds  # (1, organs, projection_dim), unit length, in the order below",
+        "```",
+        "",
+        "## Preprocessing",
+        "",
+        "The processor does all of this; the numbers are part of the weights.",
+        "",
+        *_table(
+            ("what", "value"),
+            [
+                ("axis order", "(depth, height, width), LPS: depth to superior, height to posterior, width to left"),
+                ("spacing", f"{_edges(config.spacing)} mm along (depth, height, width)"),
+                ("margin around the organs' box", f"{_edges(config.margin_voxels)} voxels"),
+                ("crop", f"{_edges(vision.volume_size)} voxels, patches of {_edges(vision.patch_size)}"),
+                ("patches read", "those that hold an organ" if vision.token_selection == "organs" else "all"),
+                *((f"HU window {number}", _window(window)) for number, window in enumerate(config.windows, start=1)),
+                ("text", f"{config.text_config.model_type}, at most {config.max_text_length} tokens"),
+            ],
+        ),
+        "",
+        f"Organs (set `{config.organ_set}`): {', '.join(config.organs)}.",
+        "",
+        "## Training",
+        "",
+        *_table(
+            ("what", "value"),
+            [
+                ("recipe", _recipe(run["recipe"])),
+                ("data", f"{run['data_name']}, splits by patient"),
+                ("rows", ", ".join(f"{count:,} {split}" for split, count in run["data_rows"].items())),
+                ("captions", "SHUFFLED between patients: a control" if run["data"]["shuffle_captions"] else "own"),
+                ("steps", f"{run['steps']:,} of {run['group_size']} patients"),
+                ("optimizer", f"{training['optim']}, learning rate {training['learning_rate']:g}, "
+                              f"weight decay {training['weight_decay']:g}, {training['lr_scheduler_type']}"),
+                ("precision", run["precision"]),
+                ("seed", str(training["seed"])),
+                ("versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())),
+            ],
+        ),
+        "",
+        "All settings are in `run.json`.",
+        "",
+        "## Losses",
+        "",
+        *_loss_table(config.organs, train_rows, eval_rows),
+        "",
+        *_zero_shot(final_metrics),
+        "## Limits",
+        "",
+        f"{LIMITS} The model says how well an image agrees with a sentence, not what a patient has. It was "
+        "trained on the data named above and knows no other scanners, populations, languages or wordings; the data is "
+        "not part of this repository. It needs a segmentation of the organs, and an organ cut by the scan or by the "
+        "crop is embedded from the part that is there. Scores are not calibrated probabilities.",
+        "",
+    ]  # fmt: skip
+    return "\n".join(card)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _edges(values: Sequence[float]) -> str:
+    return " x ".join(f"{value:g}" for value in values)
+
+
+def _window(window: dict[str, float]) -> str:
+    return (
+        f"[{window['hu_min']:g}, {window['hu_max']:g}] HU -> [0, 1], then minus {window['mean']:g}, "
+        f"divided by {window['std']:g}"
+    )
+
+
+def _recipe(recipe: dict[str, Any]) -> str:
+    if "name" not in recipe:
+        return "none (command line only)"
+    return f"{recipe['name']}, version {recipe['version']}" if "version" in recipe else str(recipe["name"])
+
+
+def _loss_table(
+    organs: Sequence[str], train_rows: dict[str, OrganLossRow], eval_rows: dict[str, OrganLossRow]
+) -> list[str]:
+    if not train_rows:
+        return ["No log line was written: fewer steps than `logging_steps`."]
+    text = [
+        "Contrastive loss in nats at the end of training (mean of the last five log lines), for each organ. Chance is "
+        "ln(patients contrasted): what a model gets that cannot tell patients apart. The floor is what a perfect one "
+        "gets; it is not 0, because patients with equal or normal captions are positives of each other.",
+        "",
+        "![Loss curves](loss_curves.png)",
+        "",
+    ]
+    rows = []
+    for organ in organs:
+        row, held_out = train_rows.get(organ), eval_rows.get(organ)
+        numbers = [f"{value:.3f}" for value in (row.loss, row.chance, row.floor)] if row else ["never active", "", ""]
+        rows.append((organ, *numbers, f"{held_out.loss:.3f}" if held_out else ""))
+    return text + _table(("organ", "training loss", "chance", "floor", "evaluation loss"), rows)
+
+
+def _zero_shot(metrics: dict[str, float]) -> list[str]:
+    scores = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.endswith("macro_auc")}
+    if not scores:
+        return []
+    lines = [f"{name}: {value:.3f} on the evaluation split." for name, value in scores.items()]
+    return ["## Zero-shot", "", *lines, ""]
