@@ -144,21 +144,22 @@ def write_run(folder, level, organs=24, steps=range(20, 420, 20)):
     OrganLossFile(folder / EVAL_FILE).append([OrganLossRow(400, 4.0, name, 1.5, 2.0, 0.4, 1.0) for name in names])
 
 
-def figure_of(monkeypatch, *arguments):
-    """The figure `draw` makes, kept instead of thrown away after saving."""
+def keep_figures(monkeypatch):
+    """A list that every saved figure is put into."""
     from matplotlib.figure import Figure
 
-    kept = []
-    save = Figure.savefig
+    kept, save = [], Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: (kept.append(self), save(self, *args, **kwargs))
+        Figure, "savefig", lambda self, *args, **options: (kept.append(self), save(self, *args, **options))
     )
-    return draw(*arguments), kept[-1]
+    return kept
 
 
 def test_picture_has_a_curve_for_every_organ_and_the_chance_line(tmp_path, monkeypatch):
     write_run(tmp_path, level=1.5)
-    path, figure = figure_of(monkeypatch, tmp_path)
+    kept = keep_figures(monkeypatch)
+    path = draw(tmp_path)
+    (figure,) = kept
     assert path == tmp_path / "loss_curves.png" and path.read_bytes().startswith(b"\x89PNG")
     overview, *small = figure.get_axes()
     curves = {line.get_label(): line for line in overview.get_lines()}
@@ -177,14 +178,14 @@ def test_two_runs_are_drawn_side_by_side(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "own", level=1.5, organs=3)
     write_run(tmp_path / "shuffled", level=0.0, organs=3)
     out = tmp_path / "both.png"
-    path, figure = figure_of(monkeypatch, tmp_path / "own", tmp_path / "shuffled", out)
-    assert path == out and out.is_file()
+    kept = keep_figures(monkeypatch)
+    assert main([str(tmp_path / "own"), "--compare", str(tmp_path / "shuffled"), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out) and out.is_file()
+    (figure,) = kept
     left, right, small, *_ = figure.get_axes()
     assert (left.get_title(), right.get_title()) == ("own", "shuffled")
     assert left.get_ylim() == right.get_ylim()
     assert {"own", "shuffled"} <= {line.get_label() for line in small.get_lines()}
-    assert main([str(tmp_path / "own"), "--compare", str(tmp_path / "shuffled")]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "own" / "loss_curves.png")
 
 
 def test_a_folder_without_losses_is_named(tmp_path, capsys):

@@ -12,13 +12,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_split import ORGANS, TINY_RECIPE, tiny_row, write_tiny_split
+from transformers import BertConfig, BertModel
 
 import train_fvlm
 from modeling_fvlm.organs import load_organ_set
 from modeling_fvlm.processed_split import encode_array
 from training_fvlm.arguments import RECIPES, SettingsError, has_auto_windows, load_yaml, parse_settings
-from training_fvlm.data import SplitDescription, check_against_recipe
+from training_fvlm.data import SplitDescription, check_against_recipe, load_split
 from training_fvlm.organ_losses import OrganLossFile
+from training_fvlm.text import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -318,11 +320,8 @@ def test_help_is_a_manual(capsys):
 def test_accelerate_configs_parse():
     from accelerate.commands.config.config_args import load_config_from_file
 
-    for name, processes in (
-        ("one_gpu", 1),
-        ("four_gpus", 4),
-        ("cpu_two", 2),
-    ):  # test_two_processes.py launches the last
+    # test_two_processes.py launches the last of them
+    for name, processes in (("one_gpu", 1), ("four_gpus", 4), ("cpu_two", 2)):
         config = load_config_from_file(str(ROOT / "hub_configs" / "accelerate" / f"{name}.yaml"))
         assert config.num_processes == processes
 
@@ -331,9 +330,7 @@ FULL_SIZE = """
 name: full_size
 model:
   organ_set: chest_4
-  text_encoder:
-    vocab_size: 30522
-    from_scratch: {hidden_size: 768, num_hidden_layers: 12, num_attention_heads: 12, intermediate_size: 3072}
+  text_encoder: {pretrained: ENCODER}
 training: {per_device_train_batch_size: 2, per_device_eval_batch_size: 1, max_steps: 3, learning_rate: 1e-4,
   logging_steps: 1, eval_strategy: steps, eval_steps: 3, save_steps: 3, use_cpu: true, activation_checkpointing: true}
 """
@@ -367,7 +364,10 @@ def write_full_size_split(folder):
 @pytest.mark.timeout(3600)
 def test_three_steps_of_the_published_architecture_fit_into_20_gb(tmp_path):
     write_full_size_split(tmp_path / "split")
-    (tmp_path / "full.yaml").write_text(FULL_SIZE)
+    (tmp_path / "full.yaml").write_text(FULL_SIZE.replace("ENCODER", str(tmp_path / "encoder")))
+    BertModel(BertConfig()).save_pretrained(tmp_path / "encoder")  # BERT-base, random weights
+    texts = [entry["caption"] for row in load_split(str(tmp_path / "split"), "train") for entry in row["captions"]]
+    train_tokenizer(texts, 500, 384).save_pretrained(tmp_path / "encoder")
     command = [sys.executable, str(ROOT / "train_fvlm.py"), "--recipe", str(tmp_path / "full.yaml")]
     command += ["--data", str(tmp_path / "split"), "--output_dir", str(tmp_path / "run")]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

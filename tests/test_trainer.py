@@ -224,7 +224,7 @@ def test_a_batch_with_nothing_to_contrast_is_a_step_without_gradient(tmp_path):
 
 def test_captions_are_learned_and_shuffled_ones_are_not(tmp_path):
     rows, held_out = tiny_rows(48), tiny_rows(32, seed=9)
-    settings = {"max_steps": 120, "per_device_train_batch_size": 8, "logging_steps": 120, "learning_rate": 1e-2}
+    settings = {"max_steps": 60, "per_device_train_batch_size": 8, "logging_steps": 60, "learning_rate": 1e-2}
     settings |= {"lr_scheduler_type": "cosine", "eval_rows": held_out, "is_random": False, "max_grad_norm": 1.0}
     own = tiny_trainer(tmp_path / "own", rows, **settings)
     own.train()

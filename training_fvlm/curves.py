@@ -79,16 +79,19 @@ def draw(run: str | Path, compare: str | Path | None = None, out: str | Path | N
 
     columns = 6
     grid_rows = math.ceil(len(organs) / columns)
-    figure = Figure(figsize=(17, 6.6 + 1.9 * grid_rows), layout="constrained")
+    heights = (6.4, 1.9 * grid_rows + 0.5)  # inches: all organs in one plot, one plot for each
+    figure = Figure(figsize=(17, sum(heights)))
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[6.6, max(1.9 * grid_rows, 0.1)])
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
 
     axes = top.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     for axis, (folder, train, _) in zip(axes, runs):
         _draw_overview(axis, folder.name, train, organs, style_of)
     axes[0].set_ylabel("contrastive loss (nats)")
     handles, labels = axes[0].get_legend_handles_labels()
-    top.legend(handles, labels, loc="outside right upper", fontsize=8, title="furthest below chance first")
+    top.legend(handles, labels, loc="upper right", fontsize=8, title="furthest below chance first")
+    # Margins by hand: matplotlib's own layout takes longer than the drawing.
+    top.subplots_adjust(left=0.045, right=0.84, bottom=0.09, top=0.95, wspace=0.04)
 
     small = bottom.subplots(grid_rows, columns, sharex=True, squeeze=False).ravel()
     for axis, organ in zip(small, organs):
@@ -96,7 +99,9 @@ def draw(run: str | Path, compare: str | Path | None = None, out: str | Path | N
     for axis in small[len(organs) :]:
         axis.axis("off")
     handles, labels = small[0].get_legend_handles_labels()
-    bottom.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    bottom.legend(handles, labels, loc="lower center", ncols=6, fontsize=8)
+    margins = {"bottom": 0.65 / heights[1], "top": 1 - 0.3 / heights[1]}
+    bottom.subplots_adjust(left=0.03, right=0.99, wspace=0.14, hspace=0.32, **margins)
 
     path = Path(out) if out is not None else Path(run) / FIGURE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
