@@ -32,7 +32,7 @@ from transformers.utils import logging
 from modeling_fvlm import FVLMConfig
 from modeling_fvlm.pipeline_fvlm import save_for_hub
 from training_fvlm.arguments import Settings, SettingsError, parse_settings
-from training_fvlm.build import build_model
+from training_fvlm.build import build_model, centre_projections
 from training_fvlm.callbacks import CurveCallback
 from training_fvlm.collator import FVLMCollator
 from training_fvlm.curves import draw_if_logged
@@ -80,11 +80,14 @@ def train(settings: Settings) -> None:
     model, processor = build_model(
         settings.model, description, train_dataset, window_volumes=data.window_volumes, tokenizer=tokenizer
     )
+    crop = {"tokenizer": processor.tokenizer, "config": model.config, "seed": args.seed}
     if resumed:
         check_same_model(model.config, resumed)
+    elif data.centring_rows:
+        # Every process reads the same rows with the same weights, and comes to the same start.
+        centre_projections(model, FVLMCollator(is_random=False, **crop), train_dataset, data.centring_rows)
 
     # Trainer
-    crop = {"tokenizer": processor.tokenizer, "config": model.config, "seed": args.seed}
     flips = {"flip_axes": data.flip_axes, "flip_probability": data.flip_probability}
     trainer = FVLMTrainer(
         model,

@@ -9,7 +9,8 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+
+from .organs import MAX_ORGANS, load_organ_set
 
 AXES = ("depth", "height", "width")
 WINDOW_KEYS = {"hu_min", "hu_max", "mean", "std"}
@@ -110,10 +111,7 @@ class FVLMConfig(PreTrainedConfig):
     """
 
     model_type = "fvlm"
-    sub_configs_defaults = {
-        "vision_config": FVLMVisionConfig,
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
-    }
+    sub_configs = {"vision_config": FVLMVisionConfig, "text_config": AutoConfig}
 
     # No class of ours in these annotations: a config from a local folder's own code is another class of this name.
     vision_config: dict | PreTrainedConfig | None = None
@@ -140,14 +138,16 @@ class FVLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.organs is None:
-            # Imported here: a model that carries its organs in config.json never needs the organ set files.
-            from .organs import load_organ_set
-
             organ_set = load_organ_set(self.organ_set or "chest_4")
             self.organ_set = organ_set.name
             self.organs = organ_set.organs
             if self.organ_classes is None:
                 self.organ_classes = organ_set.classes
+        # Filled in here: the library's own defaults for sub-configs are newer than our oldest supported release.
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = FVLMVisionConfig(**(self.vision_config or {}))
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**{"model_type": "bert", **(self.text_config or {})})
         # Lists, as they come back from config.json: a config equals its reloaded self.
         self.organs = list(self.organs)
         self.organ_set = self.organ_set or "custom"
@@ -159,8 +159,8 @@ class FVLMConfig(PreTrainedConfig):
         """Refuse organs, windows, geometry and towers that do not fit each other."""
         if not self.organs or len(set(self.organs)) != len(self.organs):
             raise ValueError(f"organs must be different names and at least one, got {self.organs}.")
-        if len(self.organs) > 255:
-            raise ValueError(f"{len(self.organs)} organs do not fit a uint8 label map (0 is background): at most 255.")
+        if len(self.organs) > MAX_ORGANS:
+            raise ValueError(f"{len(self.organs)} organs: at most {MAX_ORGANS} are told apart in one pass over a mask.")
         if unknown := sorted(set(self.organ_classes) - set(self.organs)):
             raise ValueError(f"organ_classes names {unknown}, which are not in config.organs {self.organs}.")
         for channel, window in enumerate(self.windows):

@@ -113,6 +113,14 @@ class DataArguments:
         default=64,
         metadata={"help": "Training volumes measured for windows whose mean and std are `auto` in the recipe."},
     )
+    centring_rows: int = field(
+        default=0,
+        metadata={
+            "help": "Training rows on which the fresh projections are centred before the first step (0: off). "
+            "Embeddings of fresh weights share one large component: all cosines start near 1, and organs may sit at "
+            "chance for hundreds of steps. Has no effect on a run that is resumed."
+        },
+    )
     eval_tasks: list[str] = field(
         default_factory=list,
         metadata={
@@ -132,6 +140,8 @@ class DataArguments:
         for name in ("max_train_rows", "max_eval_rows", "window_volumes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SettingsError(f"--{name} {getattr(self, name)} must be at least 1.")
+        if self.centring_rows < 0 or self.centring_rows == 1:
+            raise SettingsError(f"--centring_rows {self.centring_rows} must be 0 (off) or at least 2.")
         if "width" in self.flip_axes:
             logger.warning("--flip_axes width mirrors patients: captions that say left or right become wrong.")
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
@@ -23,11 +22,10 @@ from modeling_fvlm.loss import OrganLoss, organ_contrastive_loss
 from .arguments import FVLMTrainingArguments
 from .collator import FVLMCollator
 from .data import EpochSampler, ProcessedSplit
+from .embed import embed
 from .gather import gather, gather_with_gradient
 from .organ_losses import EVAL_FILE, TRAIN_FILE, OrganLossFile, OrganLossRow, OrganLossWindow
 
-# Read by the loss and not by the model.
-LOSS_INPUTS = ("caption_index", "caption_hash", "organ_is_abnormal")
 # Kept from weight decay beside norms and biases: positions and the temperature are no weights of a linear map.
 NO_DECAY_NAMES = ("position", "temperature")
 
@@ -264,21 +262,6 @@ class FVLMTrainer(Trainer):
         """Write our own card in place of the Trainer's draft (the Trainer calls this before every push)."""
         if self.write_card is not None and self.is_world_process_zero():
             self.write_card()
-
-
-def embed(model: torch.nn.Module, inputs: dict[str, Tensor]) -> tuple[Any, Tensor, Tensor]:
-    """Run the model on a batch of the collator, without a loss.
-
-    Returns:
-        The model's output; the embedding of each patient's caption of each organ `(batch, organs, dim)`; and
-        `(batch, organs)` bool, True where an organ is whole and has a caption.
-    """
-    model_inputs = {name: value for name, value in inputs.items() if name not in LOSS_INPUTS}
-    outputs = model(**model_inputs, return_loss=False)
-    caption_index = inputs["caption_index"]
-    # F.embedding, not plain indexing: the backward of indexing is serial on CPU.
-    caption_embeds = F.embedding(caption_index.clamp(min=0), outputs.text_embeds)
-    return outputs, caption_embeds, outputs.organ_is_complete & (caption_index >= 0)
 
 
 def _summary(rows: list[OrganLossRow], window: OrganLossWindow) -> dict[str, float]:
