@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-DEMO ?= runs/demo
+# Another seed is another folder: a finished demo is never taken for one with other settings.
+SEED ?= 0
+DEMO ?= runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 WORKERS ?= 2
 # An index that carries CPU wheels of torch, for machines without an NVIDIA driver (empty: your default package index).
 TORCH_INDEX ?=
@@ -18,7 +20,7 @@ export TOKENIZERS_PARALLELISM = false
 
 help:
 	@echo "make demo       synthetic CTs -> processed split -> training -> evaluation -> loaded back (about 14 minutes)"
-	@echo "make demo-long  the longer recipe on more patients (about 50 minutes)"
+	@echo "make demo-long  the longer recipe on the same patients (about 45 minutes)"
 	@echo "make demo-control  the demo's recipe with captions shuffled between patients: must end at chance"
 	@echo "make test       the fast tests (minutes); make test-slow: the rest; make test-floor: lowest versions"
 	@echo "make lint       ruff"
@@ -41,10 +43,10 @@ $(BIN)/.installed: setup.cfg pyproject.toml
 install: $(BIN)/.installed
 
 # --- the demo ---------------------------------------------------------------------------------------------------------
-# Each stage leaves a file that says it is done, so that a broken-off demo goes on where it stopped.
+# Each stage writes one file last (.done, manifest.json, README.md, metrics.json): a broken-off demo goes on from there.
+# With other numbers of patients name another folder as well: make demo DEMO=runs/small DEMO_PATIENTS=400
 DEMO_PATIENTS ?= 2400
 DEMO_VALIDATION ?= 300
-SEED ?= 0
 
 # Two processes of one thread each: small matrices gain little from a second thread. They contrast the same batch of 8,
 # and give the same gradients, as one process would. `accelerate launch --cpu` would start a single process in silence.
@@ -63,27 +65,27 @@ $(DEMO)/processed/manifest.json: $(DEMO)/source/.done
 	$(BIN)/python -m data_builders ct_rate --source $(DEMO)/source --organs body_24 --spacing 20 4 4 --margin 1 4 4 \
 		--workers $(WORKERS) --out $(DEMO)/processed
 
-$(DEMO)/model/model.safetensors: $(DEMO)/processed/manifest.json
+$(DEMO)/model/README.md: $(DEMO)/processed/manifest.json
 	$(TRAIN) --recipe synthetic_demo --output_dir $(DEMO)/model
 
-$(DEMO)/eval/metrics.json: $(DEMO)/model/model.safetensors
+$(DEMO)/eval/metrics.json: $(DEMO)/model/README.md
 	$(EVALUATE) --model $(DEMO)/model --out $(DEMO)/eval
 
 demo: $(DEMO)/eval/metrics.json
 	$(BIN)/python -m evaluation_fvlm.tour --run $(DEMO)
 
 # The longer recipe on the demo's patients.
-$(DEMO)/long/model/model.safetensors: $(DEMO)/processed/manifest.json
+$(DEMO)/long/model/README.md: $(DEMO)/processed/manifest.json
 	$(TRAIN) --recipe synthetic --output_dir $(DEMO)/long/model
 
-demo-long: $(DEMO)/long/model/model.safetensors
+demo-long: $(DEMO)/long/model/README.md
 	$(EVALUATE) --model $(DEMO)/long/model --out $(DEMO)/long/eval
 
 # The demo's recipe with captions shuffled between patients: must end at chance, 0.50.
-$(DEMO)/control/model/model.safetensors: $(DEMO)/processed/manifest.json
+$(DEMO)/control/model/README.md: $(DEMO)/processed/manifest.json
 	$(TRAIN) --recipe synthetic_demo --shuffle_captions --output_dir $(DEMO)/control/model
 
-demo-control: $(DEMO)/control/model/model.safetensors $(DEMO)/model/model.safetensors
+demo-control: $(DEMO)/control/model/README.md $(DEMO)/model/README.md
 	$(EVALUATE) --model $(DEMO)/control/model --out $(DEMO)/control/eval
 	$(BIN)/python -m training_fvlm.curves $(DEMO)/model --compare $(DEMO)/control/model
 

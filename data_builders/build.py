@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from modeling_fvlm.geometry import AXES
 from modeling_fvlm.organs import OrganSet, load_organ_set, organ_label_table
 from modeling_fvlm.preparation import prepare_scan
 from modeling_fvlm.processed_split import encode_array
@@ -375,6 +376,7 @@ def differences(before: dict, now: dict, place: str = "") -> list[str]:
 
 def make_manifest(cases: Sequence[Case], identity: dict, records: Sequence[ShardRecord]) -> dict:
     """Everything a reader of the split may ask: settings, counts, every skipped case with its reason."""
+    settings = identity["settings"]
     skipped = [
         {"split": case.split, "case": case.recon_id, "reason": case.skip_reason} for case in cases if case.skip_reason
     ]
@@ -384,7 +386,7 @@ def make_manifest(cases: Sequence[Case], identity: dict, records: Sequence[Shard
     for split in dict.fromkeys(case.split for case in cases):
         members = [case for case in cases if case.split == split]
         written = [case for case in members if case.recon_id not in left_out]
-        organs: dict[str, Counter] = {organ: Counter() for organ in identity["settings"]["organ_set"]["organs"]}
+        organs: dict[str, Counter] = {organ: Counter() for organ in settings["organ_set"]["organs"]}
         for record in records:
             for organ, counts in record.counts.items() if record.split == split else ():
                 organs[organ].update(counts)
@@ -403,9 +405,27 @@ def make_manifest(cases: Sequence[Case], identity: dict, records: Sequence[Shard
         **identity,
         "splits": splits,
         "skipped": skipped,
-        "warnings": [entry for record in records for entry in record.warnings],
+        "warnings": [{"split": "all", "case": "all", "warning": warning} for warning in general_warnings(settings)]
+        + [entry for record in records for entry in record.warnings],
         "shards": [vars(record) for record in records],
     }
+
+
+def general_warnings(settings: dict) -> list[str]:
+    """What looks wrong with the whole split, from its settings as they stand in the manifest."""
+    warnings = []
+    if settings["options"].get("splits_by") == "id":
+        warnings.append(
+            "splits are by id, because the table has no column patient_id: scans of one patient may stand in several "
+            "splits, which makes validation look better than it is"
+        )
+    bare = [axis for axis, margin in zip(AXES, settings["margin_voxels"]) if margin == 0]
+    if bare:
+        warnings.append(
+            f"the margin is 0 along {', '.join(bare)}: organs that touch the box of all organs lie on the edge of the "
+            "volume, and count as cut off in training under the border rule"
+        )
+    return warnings
 
 
 def kind_of(reason: str) -> str:

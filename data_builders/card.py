@@ -88,7 +88,16 @@ def card_text(manifest: dict) -> str:
             ],
         ),
         "",
-        "Splits are by patient. Every skipped case stands in `manifest.json` with its reason; look at `previews/`",
+        *(
+            [
+                "Splits are by id, not by patient: the table of the source has no column `patient_id`; scans of one",
+                "patient may stand in several splits, and `patient_id` repeats the id.",
+                "",
+            ]
+            if settings["options"].get("splits_by") == "id"
+            else ["Splits are by patient."]
+        ),
+        "Every skipped case stands in `manifest.json` with its reason; look at `previews/`",
         "before use.",
         "",
         "## Geometry and values",

@@ -49,6 +49,14 @@ class Case:
     is_excluded: bool = False
 
 
+class Row(dict):
+    """One row of a table, cell by column, and where it stands: the line of the file on which it ends."""
+
+    def __init__(self, cells: dict[str, str], line: int) -> None:
+        super().__init__(cells)
+        self.line = line
+
+
 def natural_key(text: str) -> list:
     """Sort key under which train_2 comes before train_10."""
     return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", text)]
@@ -58,11 +66,12 @@ def sort_cases(cases: Iterable[Case]) -> list[Case]:
     """Cases in the one order that fixes which shard each goes to.
 
     Raises:
-        ValueError: If a recon_id comes twice, or a patient stands in two splits.
+        ValueError: If a recon_id comes twice, a patient stands in two splits, or a scan belongs to two patients.
     """
     ordered = sorted(cases, key=lambda case: (SPLITS.index(case.split), natural_key(case.recon_id)))
     seen: set[str] = set()
     split_of: dict[str, str] = {}
+    patient_of: dict[str, str] = {}
     for case in ordered:
         if case.recon_id in seen:
             raise ValueError(f"the id {case.recon_id!r} comes twice; every reconstruction needs its own id.")
@@ -71,6 +80,12 @@ def sort_cases(cases: Iterable[Case]) -> list[Case]:
             raise ValueError(
                 f"patient {case.patient_id!r} stands in {split_of[case.patient_id]!r} and in {case.split!r}; "
                 "splits are by patient: move all of a patient's scans to one split."
+            )
+        if patient_of.setdefault(case.scan_id, case.patient_id) != case.patient_id:
+            raise ValueError(
+                f"scan {case.scan_id!r} stands under the patients {patient_of[case.scan_id]!r} and "
+                f"{case.patient_id!r}; a scan is one visit of one patient: mend patient_id or scan_id (without a "
+                "column patient_id every id is its own patient)."
             )
     return ordered
 
@@ -107,7 +122,7 @@ def check_columns(path: Path, columns: Sequence[str], required: Iterable[str]) -
             raise ValueError(f"{path.name} has no column {name!r}; it has {list(columns)}{nearest(name, columns)}.")
 
 
-def read_csv(path: Path, required: Sequence[str] = ()) -> tuple[list[str], list[dict[str, str]]]:
+def read_csv(path: Path, required: Sequence[str] = ()) -> tuple[list[str], list[Row]]:
     """Columns and rows of a CSV file; cells are stripped strings.
 
     Raises:
@@ -131,7 +146,7 @@ def read_csv(path: Path, required: Sequence[str] = ()) -> tuple[list[str], list[
                         f"{path.name}, line {reader.line_num}: {len(columns) + len(row[None])} cells under "
                         f'{len(columns)} columns; put texts that hold commas into "quotes".'
                     )
-                rows.append({name: (cell or "").strip() for name, cell in row.items()})
+                rows.append(Row({name: (cell or "").strip() for name, cell in row.items()}, reader.line_num))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 ({error}); save it as UTF-8.") from None
     return columns, rows

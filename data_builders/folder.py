@@ -14,9 +14,10 @@ Reports as JSON, and a table that says which volume, mask and report belong toge
 Columns of the table (--table, or the CSV of reports itself); only `id` or `volume` must be there:
     id            name of the case; default: file name of the volume without ending
     volume, mask  file names inside --volumes and --masks; default: the one file named as the id, or beginning with it
-    patient_id, scan_id     default: the id. Splits are by patient
+    patient_id, scan_id     default: the id. Splits are by patient; without a column patient_id, by id
     split         train or validation; without this column --validation_fraction of the patients, drawn by --seed
-    numbering     how the mask's labels are numbered, where this differs from case to case; default: --numbering
+    numbering     how the mask's labels are numbered, where this differs from case to case; default: --numbering.
+                  A .yaml file lies in the folder of the table
     findings, impression    the report
     report        id of the report in --reports; default: the id
     caption:lung, abnormal:lung    ready caption of an organ, and 1 or 0 (default: judged from the caption's words)
@@ -37,7 +38,18 @@ import yaml
 from modeling_fvlm.organs import NUMBERINGS
 
 from .build import Settings, add_build_arguments, build, console, settings_from_args
-from .cases import SPLITS, Case, OrganText, check_columns, natural_key, nearest, read_csv, read_label, resolve_inside
+from .cases import (
+    SPLITS,
+    Case,
+    OrganText,
+    Row,
+    check_columns,
+    natural_key,
+    nearest,
+    read_csv,
+    read_label,
+    resolve_inside,
+)
 from .decompose import is_abnormal_sentence, split_sentences
 
 OWN_COLUMNS = (
@@ -96,16 +108,15 @@ def run(args: argparse.Namespace) -> int:
     check_arguments(args)
     table_path = args.table or args.reports
     columns, rows = read_table(table_path, args.columns)
-    numbering_of = {
-        name: read_numbering(name, Path() if name == args.numbering else table_path.parent)
-        for name in sorted({row.get("numbering") or args.numbering for row in rows})
-    }
+    check_patients(rows, table_path)
+    numberings = read_numberings(rows, args.numbering, table_path.parent)
     settings = settings_from_args(
         args,
         "folder",
-        numberings={Path(name).name: numbering for name, numbering in numbering_of.items()},
+        numberings=numberings,
         validation_fraction=None if "split" in columns else args.validation_fraction,
         seed=None if "split" in columns else args.seed,
+        **({} if "patient_id" in columns else {"splits_by": "id"}),
     )
     # A CSV of reports that is the table itself has its texts in the rows; everything else is looked up by id.
     has_own_reports = args.reports is not None and (args.table is not None or args.reports.suffix.lower() == ".json")
@@ -138,12 +149,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--table {args.table} must be a CSV; a JSON of reports goes to --reports.")
 
 
-def read_table(path: Path, columns: Sequence[str]) -> tuple[list[str], list[dict[str, str]]]:
+def read_table(path: Path, columns: Sequence[str]) -> tuple[list[str], list[Row]]:
     """Columns and rows under our names; from a JSON of reports one row per entry."""
     if path.suffix.lower() == ".json":
         if columns:
             raise ValueError("--columns renames the columns of a CSV; the keys of a JSON are fixed.")
-        return ["id"], [{"id": name} for name in read_json(path)]
+        return ["id"], [Row({"id": name}, place) for place, name in enumerate(read_json(path), start=1)]
     renamed = {}
     for pair in (pair for argument in columns for pair in argument.split(",")):
         ours, equals, theirs = pair.partition("=")
@@ -161,7 +172,7 @@ def read_table(path: Path, columns: Sequence[str]) -> tuple[list[str], list[dict
             f"{path.name} has neither a column 'id' nor 'volume'; it has {present}{nearest('id', present)}. "
             "Say which it is with --columns id=..."
         )
-    return names, [{renamed.get(name, name): cell for name, cell in row.items()} for row in rows]
+    return names, [Row({renamed.get(name, name): cell for name, cell in row.items()}, row.line) for row in rows]
 
 
 def read_json(path: Path) -> dict[str, dict]:
@@ -186,15 +197,17 @@ def read_json(path: Path) -> dict[str, dict]:
 
 def read_reports(path: Path, settings: Settings) -> dict[str, Report]:
     """Reports by their id, from CSV or JSON."""
+    reports: dict[str, Report] = {}
     if path.suffix.lower() != ".json":
         columns, rows = read_csv(path, ["id"])
-        check_texts(columns, path, None)
+        check_texts(columns, path, None, "rename them in that file (--columns is for the table)")
         check_caption_columns(columns, path, settings)
-        return {
-            row["id"]: Report(row.get("findings", ""), row.get("impression", ""), captions_of_row(row, path, settings))
-            for row in rows
-        }
-    reports = {}
+        for row in rows:
+            if row["id"] in reports:
+                raise ValueError(f"{path.name}, line {row.line}: the id {row['id']!r} comes twice.")
+            texts = captions_of_row(row, path, settings)
+            reports[row["id"]] = Report(row.get("findings", ""), row.get("impression", ""), texts)
+        return reports
     for name, entry in read_json(path).items():
         texts = None
         if "organs" in entry:
@@ -228,13 +241,18 @@ def is_in_set(organ: str, place: str, settings: Settings) -> bool:
     raise ValueError(f"{place}: organ {organ!r} is not in the organ set {organs}{nearest(organ, organs)}.")
 
 
-def check_texts(columns: Sequence[str], path: Path, reports: dict[str, Report] | None) -> None:
-    """Raise a ValueError where there is nothing to make captions of."""
+def check_texts(
+    columns: Sequence[str],
+    path: Path,
+    reports: dict[str, Report] | None,
+    mend: str = "say which it is with --columns findings=..., or give --reports",
+) -> None:
+    """Raise a ValueError where there is nothing to make captions of; `mend` is what to do then."""
     has_text = {"findings", "impression"} & set(columns) or any(name.startswith("caption:") for name in columns)
     if reports is None and not has_text:
         raise ValueError(
             f"{path.name} has no column findings, impression or caption:ORGAN; it has {list(columns)}"
-            f"{nearest('findings', columns)}. Say which it is with --columns findings=..., or give --reports."
+            f"{nearest('findings', columns)}. To mend it, {mend}."
         )
 
 
@@ -245,10 +263,18 @@ def check_caption_columns(columns: Sequence[str], path: Path, settings: Settings
             is_in_set(organ, f"{path.name}, column {name!r}", settings)
 
 
-def captions_of_row(row: dict[str, str], path: Path, settings: Settings) -> dict[str, OrganText] | None:
-    """Ready captions out of the columns caption:ORGAN and abnormal:ORGAN, or None where the file has no such column."""
-    if not any(name.startswith("caption:") for name in row):
-        return None
+def captions_of_row(row: Row, path: Path, settings: Settings) -> dict[str, OrganText] | None:
+    """Ready captions out of the columns caption:ORGAN and abnormal:ORGAN, or None where the row has none.
+
+    Raises:
+        ValueError: If abnormal:ORGAN is none of 1 and 0, or set for an organ without a caption.
+    """
+    for name, cell in row.items():
+        prefix, _, organ = name.partition(":")
+        if prefix == "abnormal" and cell and not row.get(f"caption:{organ}"):
+            raise ValueError(f"{path.name}, line {row.line}: {name} is {cell!r}, but there is no caption:{organ}.")
+    if not any(cell for name, cell in row.items() if name.startswith("caption:")):
+        return None  # the report is decomposed
     texts = {}
     for organ in settings.organ_set.organs:
         caption = row.get(f"caption:{organ}", "")
@@ -260,15 +286,34 @@ def captions_of_row(row: dict[str, str], path: Path, settings: Settings) -> dict
     return texts
 
 
-def read_numbering(name: str, folder: Path) -> str | dict[int, str | None]:
-    """A numbering by its name, or from a YAML file `label: class name` (looked for in `folder`)."""
+def read_numberings(rows: Sequence[Row], default: str, folder: Path) -> dict[str, str | dict[int, str | None]]:
+    """Every numbering in use, under the name that `numbering_key` gives it."""
+    from_cells = {row["numbering"] for row in rows if row.get("numbering")} - {default}
+    if numbering_key(default, default) in from_cells:
+        raise ValueError(f"--numbering {default} and a file of the column numbering have one name; rename one of them.")
+    numberings = {name: read_numbering(name, folder) for name in sorted(from_cells)}
+    if not all(row.get("numbering") not in ("", None, default) for row in rows):
+        numberings[numbering_key(default, default)] = read_numbering(default, None)
+    return numberings
+
+
+def numbering_key(name: str, default: str) -> str:
+    """A numbering's name in the manifest: as the table has it; of --numbering no folder, which is of this machine."""
+    return Path(name).name if name == default else name
+
+
+def read_numbering(name: str, folder: Path | None) -> str | dict[int, str | None]:
+    """A numbering by its name, or from a YAML file `label: class name`.
+
+    The file lies inside `folder`; None for a path that the user gave, which may lie anywhere.
+    """
     if not name.lower().endswith((".yaml", ".yml")):
         if name not in NUMBERINGS:
             raise ValueError(
                 f"numbering {name!r} is neither one of {list(NUMBERINGS)} nor a .yaml file{nearest(name, NUMBERINGS)}."
             )
         return name
-    path = folder / name
+    path = Path(name) if folder is None else resolve_inside(folder, name)
     if not path.is_file():
         raise ValueError(f"numbering: there is no file {path}.")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -281,11 +326,23 @@ def validation_patients(rows: Sequence[dict[str, str]], fraction: float, seed: i
     """The patients drawn for validation; the draw hangs on their ids and the seed, not on the order of the rows."""
     patients = sorted({patient_of(row) for row in rows}, key=natural_key)
     random.Random(seed).shuffle(patients)
-    return set(patients[: round(fraction * len(patients))])
+    count = round(fraction * len(patients))
+    if fraction > 0 and len(patients) > 1:
+        count = max(1, count)  # a validation asked for should not come out empty
+    return set(patients[:count])
 
 
 def case_id(row: dict[str, str]) -> str:
     return stem_of(Path(row.get("id") or row.get("volume", "")))
+
+
+def check_patients(rows: Sequence[Row], path: Path) -> None:
+    """Raise a ValueError where the column patient_id has an empty cell: nobody knows whose scan that is."""
+    for row in rows:
+        if row.get("patient_id") == "":
+            raise ValueError(
+                f"{path.name}, line {row.line}: patient_id is empty; splits are by patient, so every row needs one."
+            )
 
 
 def patient_of(row: dict[str, str]) -> str:
@@ -296,14 +353,14 @@ def read_case(row, args, settings, reports, volumes, masks, validation, table_pa
     """One row of the table as a case; what is missing becomes its skip reason."""
     name = case_id(row)
     if not name:
-        raise ValueError(f"{table_path.name}: a row has neither id nor volume: {row}.")
+        raise ValueError(f"{table_path.name}, line {row.line}: the row has neither id nor volume.")
     split = SPLIT_NAMES.get(row["split"].lower()) if "split" in row else None
     if "split" in row and split is None:
         raise ValueError(f"{table_path.name}, {name}: split {row['split']!r} is none of {list(SPLITS)}.")
     volume, no_volume = find_file(row.get("volume"), name, args.volumes, volumes, "volume")
     others = [path for path in masks if path != volume]
     mask, no_mask = find_file(row.get("mask"), name, args.masks or args.volumes, others, "mask")
-    numbering = Path(row.get("numbering") or args.numbering).name
+    numbering = numbering_key(row.get("numbering") or args.numbering, args.numbering)
 
     texts = captions_of_row(row, table_path, settings)
     report = Report(row.get("findings", ""), row.get("impression", ""), texts)

@@ -5,6 +5,7 @@ Orientation on the page is the radiologist's: head up, the patient's left on the
 the patient looks to the left. A picture that does not show it so tells of a wrong axis, sign or numbering.
 """
 
+import os
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -88,7 +89,10 @@ def draw_case(row: dict, path: Path) -> None:
     figure.text(0.01, 1 - 0.1 / figure.get_figheight(), row["recon_id"], va="top", fontsize=10)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=top, wspace=0.03, hspace=0.06)
     # No date and no version in the file: the same split gives the same picture.
-    figure.savefig(path, dpi=80, metadata={"Software": None})
+    # Under another name first: a build that is killed here must not leave half a picture that the next one keeps.
+    unfinished = path.with_name(f"{path.name}.tmp")
+    figure.savefig(unfinished, format="png", dpi=80, metadata={"Software": None})
+    os.replace(unfinished, path)
 
 
 def organs_to_show(captions: Sequence[dict], present: Sequence[int], mask: np.ndarray) -> list[int]:

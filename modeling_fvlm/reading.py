@@ -154,6 +154,11 @@ def _load(path: str | Path, affine: np.ndarray | None) -> tuple[np.ndarray, np.n
         raise BadVolumeError(
             f"{path}: the voxels end early or are damaged ({_one_line(error)}). Fetch the file again."
         ) from error
+    except (MemoryError, OverflowError) as error:
+        raise BadVolumeError(
+            f"{path}: the header tells of {image.shape} voxels of type {image.get_data_dtype()}, more than memory "
+            "holds. If that is no size of a CT the header is damaged: fetch the file again."
+        ) from error
     if array.ndim > 3 and all(size == 1 for size in array.shape[3:]):
         array = array.reshape(array.shape[:3], order="F")  # one volume stored as a series of one
     slope, intercept = image.dataobj.slope, image.dataobj.inter

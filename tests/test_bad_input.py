@@ -1,5 +1,6 @@
 """Broken and missing input: a clear error, or a skip that is counted and listed. Never a silent replacement."""
 
+import gzip
 import json
 
 import nibabel
@@ -103,6 +104,14 @@ def blank_header(source):
     nibabel.save(blank, source / "ct" / "bad.nii.gz")
 
 
+def huge_header(source):
+    """A header that tells of more voxels than any memory holds."""
+    path = source / "ct" / "bad.nii.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[42:48] = np.array([32767] * 3, dtype="<i2").tobytes()
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
 def empty_report(source):
     write_reports(source, [*({"id": name} for name in GOOD), {"id": "bad", "findings": " ", "impression": ""}])
 
@@ -122,6 +131,7 @@ def empty_report(source):
         (empty_mask, "holds no organ of the set"),
         (unknown_label, "label 118 is outside the numbering"),
         (blank_header, "no orientation"),
+        (huge_header, "etch the file again"),
         (empty_report, "report is empty"),
     ],
 )
@@ -157,7 +167,8 @@ def test_half_rescaled_hu_are_loud(source, capsys):
     path = source / "ct" / "bad.nii.gz"
     save_nifti((arrays()[0] * 0.1).astype(np.int16), path)
     assert build(source) == 0
-    (warning,) = json.loads((source / "out" / "manifest.json").read_text())["warnings"]
+    by_id, warning = json.loads((source / "out" / "manifest.json").read_text())["warnings"]
+    assert by_id["case"] == "all" and "no column patient_id" in by_id["warning"]
     assert warning["case"] == "bad" and "lung has a median of -8" in warning["warning"]
     assert "check bad: lung" in capsys.readouterr().out
 
@@ -174,6 +185,13 @@ def test_half_rescaled_hu_are_loud(source, capsys):
         ([{"id": "ok_1", "label:Nodule": "perhaps"}], [], "label 'perhaps' is none of 1, 0, -1"),
         ([{"id": "ok_1"}, {"id": "ok_1"}], [], "the id 'ok_1' comes twice"),
         ([{"id": split, "patient_id": "p", "split": split} for split in ("train", "val")], [], "splits are by patient"),
+        ([{"id": i, "scan_id": "s", "patient_id": i} for i in ("ok_1", "ok_2")], [], "scan 's' stands under the pat"),
+        ([{"id": "ok_1", "patient_id": "p"}, {"id": "ok_2", "patient_id": ""}], [], "line 3: patient_id is empty"),
+        ([{"id": "ok_1", "numbering": "../x.yaml"}], [], "must be relative and stay inside its folder"),
+        ([{"id": "ok_1", "numbering": "/x.yaml"}], [], "must be relative and stay inside its folder"),
+        ([{"id": "ok_1", "caption:lung": "", "abnormal:lung": "1"}], [], "but there is no caption:lung"),
+        ([{"id": "ok_1", "abnormal:lung": "0"}], [], "but there is no caption:lung"),
+        ([{"id": "ok_1"}, {"id": ""}], [], "line 3: the row has neither id nor volume."),
         ([{"name": "ok_1"}], [], "neither a column 'id' nor 'volume'; it has ['name'"),
         ([{"id": "ok_1"}], ["--columns", "finding=findings"], "nearest: 'findings'"),
         ([{"id": "ok_1"}], ["--columns", "findings=Findnigs"], "no column 'Findnigs'; it has ['id', 'findings',"),
@@ -210,6 +228,20 @@ def test_a_report_that_is_not_there_and_a_file_that_fits_twice(source):
     assert skipped["bad"] == "there is no report 'r2' in r.json; nearest: 'r1'"
     assert skipped["ok_2"].startswith("several files fit as mask: ['ok_2.nii.gz', 'ok_2.nii.gz']")
     assert skipped["gone"] == "volume file bda.nii.gz is missing; nearest: 'bad.nii.gz'"
+
+
+@pytest.mark.parametrize(
+    ("reports", "told"),
+    [
+        ([{"id": "ok_1", "findings": "A."}, {"id": "ok_1", "findings": "B."}], "line 3: the id 'ok_1' comes twice"),
+        ([{"id": "ok_1", "Findings_EN": "Clear."}], "rename them in that file"),
+    ],
+)
+def test_reports_in_a_csv_of_their_own(source, capsys, reports, told):
+    write_csv(source / "texts.csv", reports)
+    write_csv(source / "cases.csv", [{"id": "ok_1"}])
+    assert build(source, "--table", source / "cases.csv", "--reports", source / "texts.csv") == 2
+    assert told in capsys.readouterr().err
 
 
 def test_no_text_anywhere(source, capsys):

@@ -217,3 +217,41 @@ def test_the_csv_reader_takes_what_spreadsheets_write(source, tmp_path):
         writer.writerows([["id ", " findings"], ["p_1", "The liver is normal;\nthe lungs are clear, too."]])
     assert build(tmp_path / "out", *source, "--reports", path) == 0
     assert rows_of(tmp_path / "out")["p_1"]["findings"] == "The liver is normal;\nthe lungs are clear, too."
+
+
+def test_a_row_without_ready_captions_has_its_report_decomposed(source, tmp_path):
+    rows = [{"id": "p_1", "caption:lung": "Clear."}, {"id": "p_2", "caption:lung": "", **REPORT_CELLS}]
+    reports = write_csv(tmp_path / "r.csv", rows)
+    assert build(tmp_path / "out", *source, "--reports", reports, "--validation_fraction", 0) == 0
+    assert captions_of(rows_of(tmp_path / "out")["p_2"])["aorta"][1:] == (True, True)
+
+
+@pytest.mark.parametrize("has_patients", [True, False])
+def test_splits_by_id_and_a_missing_margin_are_told(source, tmp_path, capsys, has_patients):
+    """One tenth of two patients is still one; without patient_id, or a margin, the whole split carries a warning."""
+    rows = [{"id": name, **({"patient_id": name} if has_patients else {}), **REPORT_CELLS} for name in ("p_1", "p_2")]
+    reports = write_csv(tmp_path / "r.csv", rows)
+    margin = ["--margin", 2, 3, 3] if has_patients else ["--margin", 0, 3, 3]
+    assert build(tmp_path / "out", *source, *margin, "--reports", reports) == 0
+    assert len(rows_of(tmp_path / "out")) == len(rows_of(tmp_path / "out", "validation")) == 1
+    told = [entry["warning"] for entry in json.loads((tmp_path / "out" / "manifest.json").read_text())["warnings"]]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("Splits are by patient." in card, "Splits are by id" in card) == (has_patients, not has_patients)
+    assert ("splits are by id" in " ".join(capsys.readouterr().out.split())) != has_patients
+    if has_patients:
+        assert told == []
+    else:
+        assert "no column patient_id" in told[0] and "the margin is 0 along depth:" in told[1] and len(told) == 2
+
+
+def test_numberings_of_one_file_name(source, tmp_path):
+    """Two files of one name in two folders stay apart."""
+    rows = [{"id": f"p_{n}", "numbering": f"{n}/mine.yaml", **REPORT_CELLS} for n in (1, 2)]
+    for number, organ in ((1, "aorta"), (2, "heart")):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "mine.yaml").write_text(f"10: lung\n12: lung\n5: null\n52: {organ}\n")
+    reports = write_csv(tmp_path / "r.csv", rows)
+    assert build(tmp_path / "out", *source, "--reports", reports, "--validation_fraction", 0) == 0
+    organs = load_organ_set("body_24").organs
+    for name, organ in (("p_1", "aorta"), ("p_2", "heart")):
+        assert organs.index(organ) + 1 in decode_volume(rows_of(tmp_path / "out")[name])[1]

@@ -127,3 +127,14 @@ def test_the_build_draws_the_first_cases_and_inspect_draws_others(tmp_path, caps
     assert "patients" in told and "3 / 3 / 3" in told  # lung: in the mask, mentioned, abnormal
     assert main(["inspect", "--data", str(tmp_path)]) == 2
     assert "no manifest.json" in capsys.readouterr().err
+
+
+def test_a_killed_build_leaves_no_half_picture(tmp_path, monkeypatch):
+    def half(figure, path, **options):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
+    with pytest.raises(KeyboardInterrupt):
+        draw_case(case(), tmp_path / "case.png")
+    assert not (tmp_path / "case.png").exists()

@@ -24,7 +24,7 @@ def ten_lines() -> str:
 def save_tiny_body_model(folder: Path) -> None:
     """A model of the demo's geometry and organs with a few thousand random weights."""
     organ_set = load_organ_set("body_24")
-    tokenizer = train_tokenizer(["Splenomegaly. No splenomegaly. The spleen is enlarged."], 100, 24)
+    tokenizer = train_tokenizer(["Splenomegaly. No splenomegaly. No pericardial effusion is seen."], 100, 24)
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     vision = {"volume_size": (48, 96, 128), "patch_size": (4, 16, 16), "hidden_size": 16, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "intermediate_size": 32, "feature_levels": [0], "token_selection": "organs"}
@@ -55,9 +55,10 @@ def test_ten_lines_run_beside_a_demo_run_without_this_checkout(tmp_path):
         [sys.executable, "-I", "-c", ten_lines()], capture_output=True, text=True, cwd=tmp_path, timeout=250
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    shape, finding = run.stdout.strip().splitlines()
+    shape, *findings = run.stdout.strip().splitlines()
     assert re.fullmatch(r"\(1, 24, 8\) \d+ organs are whole", shape), shape
-    assert re.fullmatch(r"Splenomegaly 0\.\d+", finding), finding
+    assert [line.rsplit(" ", 1)[0] for line in findings] == ["Pericardial effusion", "Splenomegaly"]
+    assert all(re.fullmatch(r"0\.\d+", line.rsplit(" ", 1)[1]) for line in findings), findings
 
 
 def test_what_the_readme_names_exists():
