@@ -98,13 +98,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_model(path: str, revision: str | None, device: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A saved model in evaluation mode on its device, and its processor."""
+    """A saved model in evaluation mode on its device, and its processor.
+
+    Weights are float32 however they were saved, else a bfloat16 checkpoint would be scored in bfloat16 under the name
+    of float32; `--dtype` casts from there.
+    """
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise EvaluationError(
             f"{path} holds no config.json: it is no saved model. Give the folder that training wrote."
         )
     try:
-        model = FVLMModel.from_pretrained(path, revision=revision or "main")
+        model = FVLMModel.from_pretrained(path, revision=revision or "main", dtype=torch.float32)
         processor = FVLMProcessor.from_pretrained(path, revision=revision or "main")
     except OSError as error:
         raise EvaluationError(f"--model {path} cannot be loaded: {error}") from error

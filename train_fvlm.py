@@ -16,12 +16,14 @@ README.md, run.json, organ_losses.csv and loss_curves.png.
 """
 
 import json
+import os
 import platform
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,18 @@ from training_fvlm.trainer import FVLMTrainer
 
 logger = logging.get_logger("train_fvlm")
 RUN_FILE = "run.json"
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
+PACKAGES = ("fvlm", "torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
+# An absolute path within a text: at its start, or behind white space, a quote, a bracket, a comma or `=`.
+ABSOLUTE_PATH = re.compile(r"""(?<![^\s=,'"(\[{])(?:file:/)?/[^\s,'")\]}]*""")
+# What the order of rows, the crops and the contrast hang on: where it stands in run.json, and the option that sets it.
+RESUMED_SETTINGS = {
+    "training.seed": "--seed",
+    "data_name": "--data",
+    "data.train_split": "--train_split",
+    "data.shuffle_captions": "--shuffle_captions",
+    "training.per_device_train_batch_size": "--per_device_train_batch_size",
+    "processes": "number of processes",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,6 +81,8 @@ def train(settings: Settings) -> None:
     args, data = settings.training, settings.data
     logging.set_verbosity(args.get_process_log_level())
     set_seed(args.seed)
+    if args.resume_from_checkpoint:
+        check_same_run(settings, args.resume_from_checkpoint)
 
     # Data
     description = read_description(data.data, data.data_revision)
@@ -97,7 +112,7 @@ def train(settings: Settings) -> None:
         eval_dataset=eval_dataset,
         eval_collator=FVLMCollator(is_random=False, **crop),
         processor=processor,
-        zero_shot=zero_shot_evaluation(settings, processor) if data.eval_tasks else None,
+        zero_shot=zero_shot_evaluation(settings, model.config, processor) if data.eval_tasks else None,
         callbacks=[CurveCallback()],
     )
     run = describe_run(settings, trainer)
@@ -145,23 +160,30 @@ def load_datasets(settings: Settings) -> tuple[ProcessedSplit, ProcessedSplit | 
 
 
 def zero_shot_evaluation(
-    settings: Settings, processor: ProcessorMixin
+    settings: Settings, config: FVLMConfig, processor: ProcessorMixin
 ) -> Callable[[PreTrainedModel], dict[str, float]]:
     """Zero-shot scores during training: the prompt sets of --eval_tasks on the evaluation split.
 
-    Wired here because the training and evaluation rooms do not know each other.
+    Wired here because the training and evaluation rooms do not know each other. What does not fit is refused before
+    the first step.
     """
+    from evaluation_fvlm.errors import EvaluationError
     from evaluation_fvlm.metrics import summarize
     from evaluation_fvlm.split import open_split, select_scans
-    from evaluation_fvlm.tasks import load_task
+    from evaluation_fvlm.tasks import check_task_labels, check_task_organs, load_task
     from evaluation_fvlm.zero_shot import evaluate_split
 
     data = settings.data
     try:
         tasks = [load_task(name) for name in data.eval_tasks]
-    except ValueError as error:
+        scans = select_scans(open_split(data.data, data.eval_split, data.data_revision), limit=data.max_eval_rows)
+        labelled = {label["finding"] for labels in scans["labels"] for label in labels or []}
+        for task in tasks:
+            check_task_organs(task, config.organs)
+            if missing := check_task_labels(task, labelled):
+                logger.warning("--eval_tasks %s: split %s has no label for %s", task.name, data.eval_split, missing)
+    except EvaluationError as error:
         raise SettingsError(f"--eval_tasks: {error}") from error
-    scans = select_scans(open_split(data.data, data.eval_split, data.data_revision), limit=data.max_eval_rows)
 
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
         frame = evaluate_split(model, processor, scans, tasks, batch_size=settings.training.eval_batch_size).frame
@@ -186,6 +208,36 @@ def check_same_model(config: FVLMConfig, checkpoint: str) -> None:
         )
 
 
+def check_same_run(settings: Settings, checkpoint: str) -> None:
+    """Refuse to resume with settings under which the steps to come would not be those of the run that was stopped.
+
+    The run's own settings stand in run.json beside its checkpoints; a folder without one is taken as it is.
+    """
+    path = Path(checkpoint).resolve().parent / RUN_FILE
+    if not path.is_file():
+        return
+    saved = _flat(json.loads(path.read_text(encoding="utf-8")))
+    args, data = settings.training, settings.data
+    now = {
+        "training.seed": args.seed,
+        "data_name": data_name(data.data),
+        "data.train_split": data.train_split,
+        "data.shuffle_captions": data.shuffle_captions,
+        "training.per_device_train_batch_size": args.per_device_train_batch_size,
+        "processes": args.world_size,
+    }
+    differing = [
+        f"{option}: {now[name]!r} here, {saved[name]!r} there"
+        for name, option in RESUMED_SETTINGS.items()
+        if name in saved and saved[name] != now[name]
+    ]
+    if differing:
+        raise SettingsError(
+            f"{checkpoint} belongs to a run with other settings ({'; '.join(differing)}). Resume with those in "
+            f"{path.name} beside it, or start anew in another --output_dir."
+        )
+
+
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A config's entries by dotted name, without those that saving adds."""
     added = ("architectures", "auto_map", "custom_pipelines", "dtype", "transformers_version", "_name_or_path")
@@ -205,6 +257,48 @@ def was_just_evaluated(trainer: FVLMTrainer) -> bool:
     return any("eval_loss" in line and line["step"] == trainer.state.global_step for line in trainer.state.log_history)
 
 
+def data_name(data: str) -> str:
+    """What a data set may be called in public: the last part of a folder, a Hub id as it is."""
+    return Path(data).resolve().name if Path(data).is_dir() else data
+
+
+def package_version(name: str) -> str:
+    """Version of an installed package; our own may run from a checkout without being installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def public_command(argv: Sequence[str]) -> str:
+    """The command line without the value of any option with `token` in its name.
+
+    `--model.token_selection` and its kind are no secrets.
+    """
+    words, is_secret = ["train_fvlm.py"], False
+    for word in argv:
+        if word.startswith("--"):
+            flag, is_joined, value = word.partition("=")
+            is_secret = "token" in flag.lower() and not flag.startswith("--model.")
+            words.append(f"{flag}={without_folders(value)}" if is_joined and not is_secret else flag)
+        elif not is_secret:
+            words.append(without_folders(word))
+    return " ".join(words)
+
+
+def without_folders(value: Any) -> Any:
+    """Any JSON value with the absolute paths in it cut to their last component."""
+    if isinstance(value, dict):
+        return {key: without_folders(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_folders(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if os.path.isabs(value):  # the whole of it, blanks included
+        return Path(value).name
+    return ABSOLUTE_PATH.sub(lambda match: Path(match[0]).name, value)
+
+
 def describe_run(settings: Settings, trainer: FVLMTrainer) -> dict[str, Any]:
     """Content of run.json: resolved settings, sizes, library versions and the command that made the run."""
     args = settings.training
@@ -212,33 +306,33 @@ def describe_run(settings: Settings, trainer: FVLMTrainer) -> dict[str, Any]:
     if trainer.eval_dataset is not None:
         rows[settings.data.eval_split] = len(trainer.eval_dataset)
     run = {
-        "command": " ".join(["train_fvlm.py", *sys.argv[1:]]),
+        "command": public_command(settings.argv),
         "recipe": settings.recipe,
         "model": json.loads(trainer.model.config.to_json_string()),
         "data": asdict(settings.data),
         "training": args.to_sanitized_dict(),
-        "data_name": Path(settings.data.data).resolve().name
-        if Path(settings.data.data).is_dir()
-        else settings.data.data,
+        "data_name": data_name(settings.data.data),
         "data_rows": rows,
         "num_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "group_size": args.group_size,
         "processes": args.world_size,
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
         "precision": {"no": "fp32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
         "steps": 0,
     }
     # The folder of the run may be published: whose machine it was is nobody's business.
-    text, home = json.dumps(run, default=str), json.dumps(str(Path.home()))[1:-1]
-    return json.loads(text if home == "/" else text.replace(home, "~"))
+    return without_folders(json.loads(json.dumps(run, default=str)))
 
 
 def write_run(run: dict[str, Any], output_dir: str) -> None:
     """Write run.json."""
     path = Path(output_dir) / RUN_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    # At once: another process of a resumed run may still be reading the file that stood here.
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def write_card(trainer: FVLMTrainer, run: dict[str, Any]) -> None:

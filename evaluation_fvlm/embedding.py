@@ -94,7 +94,8 @@ def embed_split(
         progress: Show a progress bar on stderr.
 
     Raises:
-        EvaluationError: If a row was prepared for another spacing or more organs than the model's; names the scan.
+        EvaluationError: If a row was prepared for another spacing or more organs than the model's, or an organ's
+            embedding is not finite; names the scan.
     """
     config = model.config
     rule = rule or WindowRule(tuple(config.vision_config.volume_size), tuple(config.vision_config.patch_size))
@@ -208,6 +209,13 @@ def _forward(model: PreTrainedModel, batch: _Batch, result: SplitEmbeddings) -> 
     )
     image_embeds = features.image_embeds.float().cpu().numpy()
     for embeds, (position, organ_indices) in zip(image_embeds, batch.targets):
+        # Kept, it would look like an organ that the mask lacks.
+        broken = [result.organs[index] for index in organ_indices if not np.isfinite(embeds[index]).all()]
+        if broken:
+            raise EvaluationError(
+                f"{result.scans.loc[position, 'recon_id']}: the embedding of {broken} is not finite. The weights may "
+                "be those of a run that diverged; otherwise compute in float32."
+            )
         result.image_embeds[position, organ_indices] = embeds[organ_indices]
     result.num_windows += len(batch.volumes)
     result.num_batches += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,8 @@ def select_scans(dataset: Dataset, level: str = "scan", limit: int | None = None
     """Rows to score: the first reconstruction of every scan, or every reconstruction.
 
     A scan's reconstructions show one examination; scored one by one they count a patient several times and make the
-    AUC look surer than it is. "First" is by `recon_id`, so the choice does not hang on the order of the shards.
+    AUC look surer than it is. "First" is by `recon_id` (x_2 before x_10), so the choice does not hang on the order of
+    the shards. Scans of two patients are two, whatever they are called.
 
     Args:
         level: "scan" (one row each) or "reconstruction" (all; what the published CT-RATE numbers count).
@@ -93,10 +95,16 @@ def select_scans(dataset: Dataset, level: str = "scan", limit: int | None = None
         raise EvaluationError(f"level '{level}' is not one of {list(LEVELS)}.")
     rows = list(range(len(dataset)))
     if level == "scan":
-        first: dict[str, int] = {}
-        scan_ids, recon_ids = dataset["scan_id"], dataset["recon_id"]
-        for row, scan_id in enumerate(scan_ids):
-            if scan_id not in first or recon_ids[row] < recon_ids[first[scan_id]]:
-                first[scan_id] = row
+        first: dict[tuple[str, str], int] = {}
+        recon_ids = dataset["recon_id"][:]
+        for row, scan in enumerate(zip(dataset["patient_id"], dataset["scan_id"])):
+            if scan not in first or _natural_order(recon_ids[row]) < _natural_order(recon_ids[first[scan]]):
+                first[scan] = row
         rows = sorted(first.values())
     return dataset.select(rows[:limit])
+
+
+def _natural_order(name: str) -> tuple[list[str | int], str]:
+    """Sorting key by which numbers within a name count as numbers."""
+    parts = re.split(r"(\d+)", name)  # text and digits take turns, so that places compare like with like
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name

@@ -17,6 +17,7 @@ serves for all.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,10 @@ def _task_from_content(content: object, where: str) -> Task:
     if repeated:
         raise EvaluationError(f"{where}: findings {repeated} appear more than once; keep one item each.")
     name, source = (_text(content[key], key, where) for key in ("name", "source"))
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise EvaluationError(
+            f"{where}: name {name!r} becomes part of file names; spell it with letters, digits, _ and - only."
+        )
     return Task(name=name, version=version, source=source, items=items)
 
 

@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from evaluation_fvlm.embedding import SplitEmbeddings, embed_split, inference
+from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.tasks import Task, check_task_labels, check_task_organs
 from evaluation_fvlm.windows import WindowRule
 
@@ -94,6 +95,8 @@ def evaluate_split(
         progress=progress,
     )
     logit_scale = 1.0 / model.temperature.value.item()  # as it stands: it is put into its limits in training only
+    if not np.isfinite(logit_scale):
+        raise EvaluationError(f"the model's temperature {model.temperature.value.item()} makes no finite score.")
     frames = [score_task(task, embeddings, prompt_embeds, logit_scale) for task in tasks]  # (3)
     return ZeroShotScores(
         frame=pd.concat(frames, ignore_index=True),
@@ -112,7 +115,7 @@ def embed_prompts(
     batch_size: int = 64,
     dtype: torch.dtype | None = None,
 ) -> dict[str, np.ndarray]:
-    """Text embeddings by prompt: `(dim,)` float32 of unit length each."""
+    """Text embeddings by prompt: `(dim,)` float32 of unit length each; EvaluationError if one is not finite."""
     prompt_embeds: dict[str, np.ndarray] = {}
     by_length = sorted(prompts, key=len)  # sentences of one batch are padded to its longest
     with inference(model, dtype):
@@ -123,6 +126,12 @@ def embed_prompts(
             ).to(model.device)
             text_embeds = model.get_text_features(tokens["input_ids"], tokens["attention_mask"])
             prompt_embeds.update(zip(texts, text_embeds.float().cpu().numpy()))
+    for prompt, embeds in prompt_embeds.items():
+        if not np.isfinite(embeds).all():
+            raise EvaluationError(
+                f"the embedding of the prompt {prompt!r} is not finite. The weights may be those of a run that "
+                "diverged; otherwise compute in float32."
+            )
     return prompt_embeds
 
 

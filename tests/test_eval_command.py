@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from evaluation_samples import TASK, tiny_dataset, tiny_model, tiny_rows, tiny_tokenizer, write_tiny_split
 
@@ -142,6 +143,14 @@ def test_refusals_say_how_to_mend(workplace, tmp_path, capsys):
         assert message in capsys.readouterr().err, options
     with pytest.raises(SystemExit):
         eval_fvlm.main(arguments(workplace, tmp_path / "out", batch_size=0))
+
+
+def test_float32_is_float32_however_the_weights_were_saved(tmp_path):
+    model = tiny_model()
+    processor = FVLMProcessor.from_config(model.config, tiny_tokenizer())
+    save_for_hub(model.to(torch.bfloat16), processor, tmp_path / "half")
+    loaded, _ = eval_fvlm.load_model(str(tmp_path / "half"), None, "cpu")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
 
 
 def test_plots_of_no_and_one_finding(tmp_path):

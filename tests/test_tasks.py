@@ -52,6 +52,7 @@ def test_digest_follows_what_moves_a_score(tmp_path):
         ({"version": 2}, "changes must say what version 2 changed"),
         ({"sauce": "x"}, "unknown key 'sauce'; nearest: 'source'"),
         ({"items": []}, "at least one finding"),
+        ({"name": "../mine"}, "name '../mine' becomes part of file names"),
         ({"items": item() * 2}, r"findings \['F'\] appear more than once"),
         ({"items": item(negative=False)}, r"item 1 \('F'\): negative False is not a text; put it in quotes"),
         ({"items": item(positive=["F.", 3])}, "positive 3 is not a text"),

@@ -20,7 +20,7 @@ from modeling_fvlm.processed_split import encode_array
 from training_fvlm.arguments import RECIPES, SettingsError, has_auto_windows, load_yaml, parse_settings
 from training_fvlm.data import SplitDescription, check_against_recipe, load_split
 from training_fvlm.organ_losses import OrganLossFile
-from training_fvlm.text import train_tokenizer
+from training_fvlm.text import load_text_encoder, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +32,8 @@ def work(tmp_path_factory):
     write_tiny_split(folder / "split")
     (folder / "tiny.yaml").write_text(TINY_RECIPE, encoding="utf-8")
     command = ["--recipe", str(folder / "tiny.yaml"), "--data", str(folder / "split")]
-    assert train_fvlm.main([*command, "--output_dir", str(folder / "run"), "--model.projection_dim", "12"]) == 0
+    words = ["--model.projection_dim", "12", "--hub_token", "hf_spoken", "--training.hub_token=hf_joined"]
+    assert train_fvlm.main([*command, "--output_dir", str(folder / "run"), *words]) == 0
     return folder
 
 
@@ -57,6 +58,41 @@ def test_a_run_leaves_model_card_settings_losses_and_curves(work):
     assert (run / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
     assert "Research only, not for diagnosis." in (run / "README.md").read_text()
     assert not list(run.rglob("*.bin")) and not list(run.rglob("*.parquet"))
+
+
+def test_no_file_of_a_run_names_a_secret_or_a_place(work):
+    files = [path for path in (work / "run").rglob("*") if path.suffix in (".json", ".md", ".csv", ".py", ".txt")]
+    assert {"run.json", "README.md", "trainer_state.json"} <= {path.name for path in files}
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert not any(word in text for word in ("hf_spoken", "hf_joined", str(work))), path
+    facts = json.loads((work / "run" / "run.json").read_text())
+    assert facts["command"] == (
+        "train_fvlm.py --recipe tiny.yaml --data split --output_dir run --model.projection_dim 12 --hub_token "
+        "--training.hub_token"
+    )
+    assert facts["data"]["data"] == "split" and facts["training"]["output_dir"] == "run"
+    assert set(train_fvlm.PACKAGES) < set(facts["versions"])
+
+
+def test_what_a_command_may_say():
+    said = train_fvlm.public_command(
+        [
+            "--push_to_hub_token",
+            "a",
+            "--data=/x/y z",
+            "--model.token_selection",
+            "organs",
+            "--eval_tasks",
+            "/p/own.yaml",
+        ]
+        + ["--model.text_encoder", "{pretrained: /srv/bert, revision: a/b}", "--output_dir", "out/run"]
+    )
+    assert said == (
+        "train_fvlm.py --push_to_hub_token --data=y z --model.token_selection organs --eval_tasks own.yaml "
+        "--model.text_encoder {pretrained: bert, revision: a/b} --output_dir out/run"
+    )
+    assert train_fvlm.package_version("no-such-package-here") == "not installed"
 
 
 def test_windows_are_standardised_on_what_enters_the_network(work):
@@ -129,6 +165,17 @@ def test_a_stopped_run_continues_to_the_same_weights(work, capsys):
     other = [*command[:-1], "16", *resume[2:], "--output_dir", str(work / "other")]
     assert train_fvlm.main(other) == 2
     assert "projection_dim: 16 here, 12 there" in capsys.readouterr().err
+    newest = [*command, "--output_dir", str(work / "run"), "--resume_from_checkpoint", "true"]
+    before = (work / "run" / "run.json").read_text()
+    for words, message in (
+        (["--seed", "5"], "--seed: 5 here, 0 there"),
+        (["--train_split", "validation"], "--train_split: 'validation' here, 'train' there"),
+        (["--shuffle_captions"], "--shuffle_captions: True here, False there"),
+        (["--per_device_train_batch_size", "2"], "--per_device_train_batch_size: 2 here, 4 there"),
+    ):
+        assert train_fvlm.main([*newest, *words]) == 2
+        assert message in capsys.readouterr().err
+    assert (work / "run" / "run.json").read_text() == before
 
 
 def test_the_control_trains_and_says_so_on_its_card(work):
@@ -162,6 +209,27 @@ def test_zero_shot_scores_of_the_users_own_prompts_are_logged(work):
     (score,) = [line["eval_mine_macro_auc"] for line in history if "eval_loss" in line]
     assert 0 <= score <= 1
     assert f"mine_macro_auc: {score:.3f}" in (work / "scored" / "README.md").read_text()
+
+
+def test_prompts_that_do_not_fit_stop_before_training(work, capsys):
+    item = {"finding": "lung Nodule", "organ": "lung", "positive": "Nodule.", "negative": "No nodule."}
+    command = [
+        "--recipe",
+        str(work / "tiny.yaml"),
+        "--data",
+        str(work / "split"),
+        "--output_dir",
+        str(work / "misspelt"),
+    ]
+    for change, message in (
+        ({"finding": "lung Nodul"}, "none of its findings is among"),
+        ({"organ": "lungs"}, "organ 'lungs' is not in config.organs"),
+    ):
+        prompts = {"name": "mine", "version": 1, "source": "a test", "changes": {1: "first"}, "items": [item | change]}
+        (work / "misspelt.yaml").write_text(yaml.safe_dump(prompts))
+        assert train_fvlm.main([*command, "--eval_tasks", str(work / "misspelt.yaml")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (work / "misspelt" / "run.json").exists()
 
 
 def test_a_push_is_private_and_holds_the_model_and_no_data(work, monkeypatch):
@@ -204,9 +272,15 @@ def test_a_pretrained_text_encoder_keeps_its_weights(work, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = ["--recipe", str(tmp_path / "recipe.yaml"), "--data", str(work / "split")]
     assert train_fvlm.main([*command, "--output_dir", str(tmp_path / "run")]) == 0
+    for path in (tmp_path / "run").glob("*.json"):
+        assert str(tmp_path) not in path.read_text(encoding="utf-8"), path
     saved = load_file(tmp_path / "run" / "model.safetensors")
     expected = {name: value for name, value in trained.state_dict().items() if not name.startswith("pooler")}
     assert expected and all(torch.equal(saved[f"text_model.{name}"], value) for name, value in expected.items())
+    (encoder / "model.safetensors").unlink()
+    torch.save(trained.state_dict(), encoder / "pytorch_model.bin")
+    with pytest.raises(SettingsError, match="cannot be loaded"):  # a pickle runs code
+        load_text_encoder(str(encoder), None)
 
 
 # Settings
@@ -301,10 +375,10 @@ def test_numbers_in_yaml_are_numbers():
 def test_recipes_that_ship_are_whole(path, tmp_path):
     settings = parse_settings(["--recipe", path.stem, "--data", "d", "--output_dir", str(tmp_path)], "help")
     assert settings.recipe["name"] == path.stem and settings.recipe["version"] >= 1
-    organs = load_organ_set(settings.model["organ_set"])
+    organs = load_organ_set(settings.model.get("organ_set", "chest_4"))  # a recipe may leave it to the split
     description = SplitDescription(organs.name, tuple(organs.organs), organs.classes, (20.0, 4.0, 4.0), (1, 4, 4))
     check_against_recipe(description, settings.model, "d")
-    assert has_auto_windows(settings.model)
+    assert has_auto_windows(settings.model) or "windows" not in settings.model
 
 
 def test_help_is_a_manual(capsys):

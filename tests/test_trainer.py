@@ -26,14 +26,17 @@ def losses(trainer):
 
 
 class Gradients(TrainerCallback):
-    """Keeps the gradients of the first step."""
+    """Keeps the gradients of every step; `of` are those of the first."""
 
     def __init__(self):
-        self.of = {}
+        self.steps = []
+
+    @property
+    def of(self):
+        return self.steps[0]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 0:
-            self.of = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -70,13 +73,38 @@ def test_every_weight_moves_in_one_step(tmp_path):
 
 
 def test_accumulated_batches_are_averaged(tmp_path):
-    trainer = tiny_trainer(tmp_path, ROWS, max_steps=1, gradient_accumulation_steps=3, learning_rate=0.0)
+    accumulated, each = Gradients(), Gradients()
+    still = {"learning_rate": 0.0, "max_grad_norm": 0}
+    words = {"max_steps": 1, "gradient_accumulation_steps": 3, "callbacks": [accumulated]}
+    trainer = tiny_trainer(tmp_path, ROWS, **words, **still)
     trainer.train()
     row = lines(trainer)[0]
     assert row["loss"] < 4 * row["chance"], "a sum over micro-batches would be three times as large"
-    single = tiny_trainer(tmp_path, ROWS, max_steps=3, learning_rate=0.0, logging_steps=3)
+    single = tiny_trainer(tmp_path, ROWS, max_steps=3, logging_steps=3, callbacks=[each], **still)
     single.train()
     assert row["loss"] == pytest.approx(lines(single)[0]["loss"], rel=1e-5)
+    assert len(accumulated.steps) == 1 and len(each.steps) == 3
+    for name, gradient in accumulated.of.items():
+        mean = sum(step[name] for step in each.steps) / 3
+        torch.testing.assert_close(gradient, mean, rtol=1e-4, atol=1e-6, msg=f"gradient of {name}")
+    assert any(gradient.abs().max() > 1e-3 for gradient in accumulated.of.values()), "zeros would compare nothing"
+
+
+def test_a_loss_table_is_cut_at_once(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, ROWS, max_steps=2)
+    trainer.train()
+    table = OrganLossFile(tmp_path / TRAIN_FILE)
+    before = table.path.read_text()
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", killed)
+        table.keep_until(1)
+    assert table.path.read_text() == before
+    table.keep_until(1)
+    assert {row.step for row in table.read()} == {1} and not list(tmp_path.glob("*.part"))
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):

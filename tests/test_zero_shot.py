@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import BertTokenizer
 
 from evaluation_fvlm.embedding import embed_split
+from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.split import select_scans
 from evaluation_fvlm.tasks import load_task
 from evaluation_fvlm.windows import Window, WindowRule, organ_boxes, organ_windows, window_of_organ
@@ -240,12 +241,28 @@ def test_row_spacing_may_differ_by_the_voxel_that_resampling_rounds_off(task):
 
 def test_first_reconstruction_of_every_scan():
     ids = [("b", "b_2"), ("a", "a_1"), ("b", "b_1"), ("a", "a_2"), ("c", "c_2")]
-    dataset = Dataset.from_list([{"scan_id": scan, "recon_id": recon} for scan, recon in ids])
+    dataset = Dataset.from_list([{"patient_id": scan, "scan_id": scan, "recon_id": recon} for scan, recon in ids])
     assert select_scans(dataset)["recon_id"][:] == ["a_1", "b_1", "c_2"]
     assert select_scans(dataset, limit=2)["recon_id"][:] == ["a_1", "b_1"]
     assert select_scans(dataset, "reconstruction", limit=4)["recon_id"][:] == ["b_2", "a_1", "b_1", "a_2"]
     with pytest.raises(ValueError, match="level 'patient' is not one of"):
         select_scans(dataset, "patient")
+    ids = [("p", "s", "x_10"), ("p", "s", "x_2"), ("q", "s", "x_11"), ("q", "s", "y_1")]  # both call their visit s
+    dataset = Dataset.from_list([{"patient_id": p, "scan_id": scan, "recon_id": recon} for p, scan, recon in ids])
+    assert select_scans(dataset)["recon_id"][:] == ["x_2", "x_11"]
+
+
+def test_embeddings_that_are_not_finite_are_no_absent_organs(task):
+    model = tiny_model()
+    with torch.no_grad():
+        model.organ_projection.weight[:] = torch.nan
+    with pytest.raises(EvaluationError, match=r"valid_0_a_1: the embedding of \['lung'.*is not finite"):
+        evaluate_split(model, tiny_tokenizer(), tiny_dataset(), [task], batch_size=1)
+    model = tiny_model()
+    with torch.no_grad():
+        model.text_projection.weight[:] = torch.nan
+    with pytest.raises(EvaluationError, match="the embedding of the prompt '.*' is not finite"):
+        evaluate_split(model, tiny_tokenizer(), tiny_dataset(), [task])
 
 
 def test_published_evaluation_gives_the_published_probabilities(shared_dir):

@@ -233,12 +233,16 @@ class FVLMTrainingArguments(TrainingArguments):
 
 @dataclass
 class Settings:
-    """A run's resolved settings; `recipe` holds its name and version, `model` the section to build a model from."""
+    """A run's resolved settings; `recipe` holds its name and version, `model` the section to build a model from.
+
+    `argv` holds the words they were read from, secrets among them: written nowhere as they are.
+    """
 
     recipe: dict[str, Any]
     model: dict[str, Any]
     data: DataArguments
     training: FVLMTrainingArguments
+    argv: tuple[str, ...] = ()
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -290,7 +294,7 @@ def parse_settings(argv: Sequence[str], description: str) -> Settings:
     # (4)
     _check_combinations(data, training, model)
     identity = {key: recipe[key] for key in ("name", "version") if recipe.get(key) is not None}
-    return Settings(identity, model, data, training)
+    return Settings(identity, model, data, training, tuple(argv))
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ def build_model(
     if "pretrained" in text:
         own_tokenizer, pretrained = load_text_encoder(text["pretrained"], text.get("revision"))
         text_config = pretrained.config.to_dict()
+        if Path(text["pretrained"]).is_dir():
+            text_config.pop("_name_or_path", None)  # a place on this machine; config.json may be published
         tokenizer = tokenizer or own_tokenizer
     else:
         tokenizer = tokenizer or train_tokenizer(dataset.caption_texts(), text["vocab_size"], max_text_length)

@@ -8,6 +8,7 @@ loss.
 
 import csv
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +102,10 @@ class OrganLossFile:
     def keep_until(self, step: int) -> None:
         """Drop rows after `step`: a run resumed from a checkpoint does those steps again."""
         rows = [row for row in self.read() if row.step <= step] if step and self.path.is_file() else []
-        self._write(rows, mode="w")
+        # At once: a run killed in the middle must not lose the losses of all earlier steps.
+        unfinished = OrganLossFile(self.path.with_name(self.path.name + ".part"))
+        unfinished._write(rows, mode="w")
+        os.replace(unfinished.path, self.path)
 
     def append(self, rows: list[OrganLossRow]) -> None:
         """Add rows at the end."""

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import AutoModel, AutoTokenizer, BertTokenizerFast, PreTrainedModel, PreTrainedTokenizerBase
 
+from .arguments import SettingsError
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -62,9 +64,16 @@ def text_config_from_scratch(
 
 
 def load_text_encoder(name: str, revision: str | None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and weights of a pretrained text encoder, a folder or a Hub id."""
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    return tokenizer, AutoModel.from_pretrained(name, revision=revision)
+    """Tokenizer and weights of a pretrained text encoder, a folder or a Hub id; safetensors only, never a pickle.
+
+    Raises:
+        SettingsError: If there are none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        return tokenizer, AutoModel.from_pretrained(name, revision=revision, use_safetensors=True)
+    except OSError as error:
+        raise SettingsError(f"model.text_encoder.pretrained {name} cannot be loaded: {error}") from error
 
 
 def put_text_encoder(text_model: PreTrainedModel, pretrained: PreTrainedModel) -> None:
