@@ -50,7 +50,7 @@ def test_ten_lines_run_beside_a_demo_run_without_this_checkout(tmp_path):
     source = ["--out", str(tmp_path / "runs/demo/source"), "--patients", "1", "--validation", "1", "--seed", "0"]
     assert data_builders(["synthetic", *source, "--workers", "1"]) == 0
     save_tiny_body_model(tmp_path / "runs/demo/model")
-    # -I: neither this checkout nor its tests can be imported; the code comes from the model's folder.
+    # -I and another folder: no file of this checkout lies beside it; the code comes from the model's folder.
     run = subprocess.run(
         [sys.executable, "-I", "-c", ten_lines()], capture_output=True, text=True, cwd=tmp_path, timeout=250
     )
