@@ -178,15 +178,14 @@ def test_a_stopped_run_continues_to_the_same_weights(work, capsys):
     assert (work / "run" / "run.json").read_text() == before
 
 
+def tiny_command(work, name: str) -> list[str]:
+    """The words that train the tiny recipe into the folder `name`."""
+    words = {"--recipe": work / "tiny.yaml", "--data": work / "split", "--output_dir": work / name}
+    return [str(word) for pair in words.items() for word in pair]
+
+
 def test_the_control_trains_and_says_so_on_its_card(work):
-    command = [
-        "--recipe",
-        str(work / "tiny.yaml"),
-        "--data",
-        str(work / "split"),
-        "--output_dir",
-        str(work / "control"),
-    ]
+    command = tiny_command(work, "control")
     words = ["--shuffle_captions", "--max_steps", "2", "--eval_strategy", "no", "--save_strategy", "no"]
     assert train_fvlm.main([*command, *words]) == 0
     card = (work / "control" / "README.md").read_text()
@@ -202,7 +201,7 @@ def test_zero_shot_scores_of_the_users_own_prompts_are_logged(work):
     ]
     prompts = {"name": "mine", "version": 1, "source": "made up for a test", "changes": {1: "first"}, "items": items}
     (work / "mine.yaml").write_text(yaml.safe_dump(prompts))
-    command = ["--recipe", str(work / "tiny.yaml"), "--data", str(work / "split"), "--output_dir", str(work / "scored")]
+    command = tiny_command(work, "scored")
     words = ["--eval_tasks", str(work / "mine.yaml"), "--max_steps", "2", "--eval_steps", "2", "--save_strategy", "no"]
     assert train_fvlm.main([*command, *words]) == 0
     history = json.loads((work / "scored" / "trainer_state.json").read_text())["log_history"]
@@ -213,14 +212,7 @@ def test_zero_shot_scores_of_the_users_own_prompts_are_logged(work):
 
 def test_prompts_that_do_not_fit_stop_before_training(work, capsys):
     item = {"finding": "lung Nodule", "organ": "lung", "positive": "Nodule.", "negative": "No nodule."}
-    command = [
-        "--recipe",
-        str(work / "tiny.yaml"),
-        "--data",
-        str(work / "split"),
-        "--output_dir",
-        str(work / "misspelt"),
-    ]
+    command = tiny_command(work, "misspelt")
     for change, message in (
         ({"finding": "lung Nodul"}, "none of its findings is among"),
         ({"organ": "lungs"}, "organ 'lungs' is not in config.organs"),
