@@ -8,10 +8,11 @@ import csv
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from modeling_fvlm.processed_split import natural_key
 
 SPLITS = ("train", "validation")
 
@@ -55,11 +56,6 @@ class Row(dict):
     def __init__(self, cells: dict[str, str], line: int) -> None:
         super().__init__(cells)
         self.line = line
-
-
-def natural_key(text: str) -> list:
-    """Sort key under which train_2 comes before train_10."""
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", text)]
 
 
 def sort_cases(cases: Iterable[Case]) -> list[Case]:

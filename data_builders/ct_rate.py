@@ -17,8 +17,10 @@ import argparse
 import re
 from pathlib import Path
 
+from modeling_fvlm.processed_split import natural_key
+
 from .build import add_build_arguments, build, settings_from_args
-from .cases import Case, natural_key, read_csv, read_label
+from .cases import Case, read_csv, read_label
 
 FOLDER_OF_SPLIT = {"train": "train", "validation": "valid"}  # the Hub mixes both spellings, see report_file below
 VOLUME_NAME = re.compile(r"((?:train|valid)_\d+)_([a-zA-Z]+)_(\d+)\.nii\.gz")

@@ -36,6 +36,7 @@ from pathlib import Path
 import yaml
 
 from modeling_fvlm.organs import NUMBERINGS
+from modeling_fvlm.processed_split import natural_key
 
 from .build import Settings, add_build_arguments, build, console, settings_from_args
 from .cases import (
@@ -44,7 +45,6 @@ from .cases import (
     OrganText,
     Row,
     check_columns,
-    natural_key,
     nearest,
     read_csv,
     read_label,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import PreTrainedConfig
 
 from evaluation_fvlm.errors import EvaluationError
-from modeling_fvlm.processed_split import load_rows
+from modeling_fvlm.processed_split import load_rows, natural_key
 
 LEVELS = ("scan", "reconstruction")
 
@@ -98,13 +97,7 @@ def select_scans(dataset: Dataset, level: str = "scan", limit: int | None = None
         first: dict[tuple[str, str], int] = {}
         recon_ids = dataset["recon_id"][:]
         for row, scan in enumerate(zip(dataset["patient_id"], dataset["scan_id"])):
-            if scan not in first or _natural_order(recon_ids[row]) < _natural_order(recon_ids[first[scan]]):
+            if scan not in first or natural_key(recon_ids[row]) < natural_key(recon_ids[first[scan]]):
                 first[scan] = row
         rows = sorted(first.values())
     return dataset.select(rows[:limit])
-
-
-def _natural_order(name: str) -> tuple[list[str | int], str]:
-    """Sorting key by which numbers within a name count as numbers."""
-    parts = re.split(r"(\d+)", name)  # text and digits take turns, so that places compare like with like
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name

@@ -192,8 +192,9 @@ class FVLMPreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.in_proj_weight)
             init.zeros_(module.in_proj_bias)
         elif isinstance(module, OrganProjection):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            init.zeros_(module.bias)
+            for weight, bias in module.organ_parameters():
+                init.normal_(weight, std=self.config.initializer_range)
+                init.zeros_(bias)
         elif isinstance(module, Temperature):
             init.constant_(module.value, module.initial)
 

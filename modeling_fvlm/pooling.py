@@ -74,13 +74,25 @@ class OrganPooling(nn.Module):
 
 
 class OrganProjection(nn.Module):
-    """A linear layer of its own for each organ, as one stacked weight."""
+    """A linear layer of its own for each organ: `weight_0`, `bias_0`, `weight_1`, ...
+
+    Parameters of their own, not rows of one: an optimizer can then pass over the organs that did not enter a step, as
+    the published run did. No `ParameterList` either: transformers 5.23 passes over a module of remote code that holds
+    no parameter itself when it initialises weights.
+    """
 
     def __init__(self, num_organs: int, hidden_size: int, projection_dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_organs, projection_dim, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(num_organs, projection_dim))
+        self.num_organs = num_organs
+        for index in range(num_organs):
+            self.register_parameter(f"weight_{index}", nn.Parameter(torch.empty(projection_dim, hidden_size)))
+            self.register_parameter(f"bias_{index}", nn.Parameter(torch.zeros(projection_dim)))
+
+    def organ_parameters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Weight `(projection_dim, hidden)` and bias `(projection_dim,)` of every organ."""
+        return [(getattr(self, f"weight_{index}"), getattr(self, f"bias_{index}")) for index in range(self.num_organs)]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Project `(batch, organs, hidden)` to `(batch, organs, projection_dim)`, each organ by its own weight."""
-        return torch.einsum("boh,odh->bod", hidden_states, self.weight) + self.bias
+        weight, bias = (torch.stack(parameters) for parameters in zip(*self.organ_parameters()))
+        return torch.einsum("boh,odh->bod", hidden_states, weight) + bias

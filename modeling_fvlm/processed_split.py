@@ -3,6 +3,7 @@
 The same few lines stand in every split's dataset card, so that a split can be read with nothing of ours installed.
 """
 
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,11 @@ def decode_volume(row: Mapping) -> tuple[np.ndarray, np.ndarray]:
     """
     shape = tuple(int(size) for size in row["shape"])
     return decode_array(row["volume"], shape, VOLUME_DTYPE), decode_array(row["mask"], shape, MASK_DTYPE)
+
+
+def natural_key(text: str) -> list:
+    """Sort key under which train_2 comes before train_10."""
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", text)]
 
 
 def load_rows(data: str | Path, split: str, revision: str | None = None):

@@ -59,12 +59,12 @@ def test_an_organ_that_is_never_whole_keeps_its_weights():
             batch["organ_is_complete"][:, 1] = False
             return batch
 
-    before = model.organ_projection.weight.detach().clone()
+    before = [model.organ_projection.weight_0.detach().clone(), model.organ_projection.weight_1.detach().clone()]
     collator = NeverWhole(processor.tokenizer, model.config, is_random=False)
     centre_projections(model, collator, dataset, NUM_ROWS)
-    assert torch.equal(model.organ_projection.weight[1], before[1])
-    assert not torch.equal(model.organ_projection.weight[0], before[0])
-    assert torch.isfinite(model.organ_projection.weight).all()
+    assert torch.equal(model.organ_projection.weight_1, before[1])
+    assert not torch.equal(model.organ_projection.weight_0, before[0])
+    assert all(torch.isfinite(parameter).all() for parameter in model.organ_projection.parameters())
 
 
 def test_one_row_is_refused():

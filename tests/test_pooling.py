@@ -116,10 +116,11 @@ def test_dropout_weighs_values_and_their_bias_as_multihead_attention_does(levels
 
 def test_projection_is_one_linear_layer_per_organ():
     module = OrganProjection(ORGANS, HIDDEN, 5)
-    nn.init.normal_(module.weight), nn.init.normal_(module.bias)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
     hidden = torch.randn(PATIENTS, ORGANS, HIDDEN, generator=torch.Generator().manual_seed(5))
     output = module(hidden)
     assert output.shape == (PATIENTS, ORGANS, 5)
-    for organ in range(ORGANS):
-        expected = nn.functional.linear(hidden[:, organ], module.weight[organ], module.bias[organ])
+    for organ, (weight, bias) in enumerate(module.organ_parameters()):
+        expected = nn.functional.linear(hidden[:, organ], weight, bias)
         torch.testing.assert_close(output[:, organ], expected, rtol=1e-5, atol=1e-5)

@@ -160,7 +160,7 @@ def test_what_decays(tmp_path):
     assert "temperature.value" in spared and "vision_model.embeddings.position_embeddings" in spared
     assert "text_model.embeddings.position_embeddings.weight" in spared
     assert {name for name in names if "norm" in name.lower() or name.endswith("bias")} <= spared
-    assert {"organ_projection.weight", "text_projection.weight", "vision_model.blocks.0.mlp.linear1.weight"} <= decaying
+    assert {"organ_projection.weight_0", "text_projection.weight", "vision_model.blocks.0.mlp.linear1.weight"} <= decaying
     everywhere = tiny_trainer(tmp_path, ROWS, weight_decay_everywhere=True)
     assert set(everywhere.get_decay_parameter_names(everywhere.model)) == names
 
@@ -234,7 +234,7 @@ def test_evaluation_during_training_adds_zero_shot_scores_and_disturbs_nothing(t
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     trainer = tiny_trainer(tmp_path, ROWS, max_steps=3)
     with torch.no_grad():
-        trainer.model.organ_projection.weight.fill_(math.nan)
+        trainer.model.organ_projection.weight_0.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
         trainer.train()
 

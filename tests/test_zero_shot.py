@@ -255,7 +255,7 @@ def test_first_reconstruction_of_every_scan():
 def test_embeddings_that_are_not_finite_are_no_absent_organs(task):
     model = tiny_model()
     with torch.no_grad():
-        model.organ_projection.weight[:] = torch.nan
+        model.organ_projection.weight_0.fill_(torch.nan)
     with pytest.raises(EvaluationError, match=r"valid_0_a_1: the embedding of \['lung'.*is not finite"):
         evaluate_split(model, tiny_tokenizer(), tiny_dataset(), [task], batch_size=1)
     model = tiny_model()

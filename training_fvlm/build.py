@@ -182,18 +182,19 @@ def centre_projections(
     # An organ that fewer than two of the rows hold whole says nothing of its spread: left as it is.
     known = (count[:, 0] >= 2) & (spread > 0)
     mean, spread = mean * known[:, None], torch.where(known, spread, torch.ones_like(spread))
-    _shift_and_scale(model.organ_projection, mean, spread)
+    for index, (weight, bias) in enumerate(model.organ_projection.organ_parameters()):
+        _shift_and_scale(weight, bias, mean[index], spread[index])
 
     texts = torch.cat(projected["text"])
     spread = (texts - texts.mean(0)).square().mean().sqrt()
     if spread > 0:
-        _shift_and_scale(model.text_projection, texts.mean(0), spread)
+        _shift_and_scale(model.text_projection.weight, model.text_projection.bias, texts.mean(0), spread)
 
 
-def _shift_and_scale(projection: torch.nn.Module, mean: torch.Tensor, spread: torch.Tensor) -> None:
-    """Make `projection` give `(what it gave - mean) / spread`; a spread per organ stands in front."""
-    projection.bias.sub_(mean).div_(spread[..., None])
-    projection.weight.div_(spread[..., None, None])
+def _shift_and_scale(weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, spread: torch.Tensor) -> None:
+    """Make a linear layer give `(what it gave - mean) / spread`."""
+    bias.sub_(mean).div_(spread)
+    weight.div_(spread)
 
 
 def _patches(volume: np.ndarray, patch_size: tuple[int, ...]) -> np.ndarray:

@@ -5,7 +5,7 @@ The published code (alibaba-damo-academy/fvlm, commit d768ec1) saves one state d
     temp                                            temperature.value
     query_tokens                                    organ_pooling.query_tokens
     attention.{in_proj_*, out_proj.*}               organ_pooling.*
-    vision_projs.N.{weight, bias}                   organ_projection.{weight, bias}[N]
+    vision_projs.N.{weight, bias}                   organ_projection.{weight, bias}_N
     text_proj.*                                     text_projection.*
     visual_encoder.patch_embedding.patch_embeddings.*     vision_model.embeddings.projection.*
     visual_encoder.patch_embedding.position_embeddings    vision_model.embeddings.position_embeddings, batch axis off
@@ -85,7 +85,7 @@ def convert_published_state_dict(state_dict: Mapping[str, Tensor], config) -> di
                 f"the checkpoint has vision_projs.N.{kind} for N in {sorted(tensors)}, but config.organs names "
                 f"{len(config.organs)}: {config.organs}. Give the organs the checkpoint was trained on, in order."
             )
-        converted[f"organ_projection.{kind}"] = torch.stack([tensors[index] for index in sorted(tensors)])
+        converted |= {f"organ_projection.{kind}_{index}": tensor for index, tensor in tensors.items()}
     converted[POSITIONS] = converted[POSITIONS].squeeze(0)
     if config.text_token_types:
         words = converted["text_model.embeddings.word_embeddings.weight"]
@@ -102,9 +102,8 @@ def to_published_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
     for name, tensor in state_dict.items():
         if name == TOKEN_TYPES:
             continue
-        if name.startswith("organ_projection."):
-            for index, organ_tensor in enumerate(tensor):
-                published[f"vision_projs.{index}.{name.removeprefix('organ_projection.')}"] = organ_tensor
+        if match := re.fullmatch(r"organ_projection\.(weight|bias)_(\d+)", name):
+            published[f"vision_projs.{match[2]}.{match[1]}"] = tensor
         else:
             published[published_name(name)] = tensor[None] if name == POSITIONS else tensor
     return published
