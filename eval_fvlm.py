@@ -4,16 +4,22 @@ The demo's model on its own validation patients, and the same with a prompt set 
     python eval_fvlm.py --model runs/demo/model --data runs/demo/processed --tasks synthetic --out runs/demo/eval
     python eval_fvlm.py --model runs/demo/model --data runs/demo/processed --tasks synthetic own.yaml --out runs/eval2
 
-Weights of the published kind on CT-RATE, every reconstruction counted, on a GPU in bfloat16:
+Weights of the published kind on CT-RATE, by the published protocol with its windows, metrics and faults, on a GPU:
+    python eval_fvlm.py --protocol published --model DIR --data data/ct_rate_chest_4 --batch_size 16 --num_workers 8 \\
+        --out runs/ct_rate_eval
+
+Of the same protocol only windows and level, in bfloat16:
     python eval_fvlm.py --model DIR --data data/ct_rate_chest_4 --tasks ct_rate_16 --level reconstruction \\
         --window_size 112 288 352 --published_windows --dtype bfloat16 --batch_size 16 --num_workers 8 \\
-        --out runs/ct_rate_eval
+        --out runs/ct_rate_eval_bfloat16
 
 Written to --out:
     metrics.json    macro_auc, num_findings, num_patients, per_finding, per_organ, what was left out and why, protocol
     scores.csv      one row per task, scan and finding: score (probability), label, is_complete; empty = not known
     roc.png         one ROC curve per finding, best first
     auc_bars.png    the AUCs grouped by organ, with the line of chance
+--protocol published adds `published` to metrics.json (evaluation_fvlm/published_metrics.py says how it is counted) and
+    published_scores.csv    the scores in the published column form, one row per volume
 
 A scan whose mask lacks the organ is not scored; a scan whose label is unknown is not measured; both are counted.
 Research only, not for diagnosis.
@@ -28,6 +34,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from evaluation_fvlm.errors import EvaluationError
+from evaluation_fvlm.published_metrics import format_published_table
 from evaluation_fvlm.results import format_table, library_versions, task_protocol, window_protocol, write_results
 from evaluation_fvlm.split import LEVELS, check_split_matches, open_split, read_manifest, select_scans
 from evaluation_fvlm.tasks import available_tasks, check_task_organs, load_task
@@ -36,6 +43,16 @@ from evaluation_fvlm.zero_shot import evaluate_split
 from modeling_fvlm.modeling_fvlm import FVLMModel
 from modeling_fvlm.processing_fvlm import FVLMProcessor
 
+# What a protocol sets where the command line does not; None: no default (tasks), the model's size (window_size).
+PROTOCOLS = {
+    "standard": {"tasks": None, "level": "scan", "window_size": None, "published_windows": False},
+    "published": {
+        "tasks": ["ct_rate_16"],
+        "level": "reconstruction",
+        "window_size": [112, 288, 352],
+        "published_windows": True,
+    },
+}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,17 +65,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--data_revision", help="Commit, tag or branch of a data set on the Hub.")
     what.add_argument("--split", default="validation", help="Split to score (default: %(default)s).")
     what.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="standard",
+        help="published: --tasks ct_rate_16 --level reconstruction --window_size 112 288 352 --published_windows, each "
+        "unless given, and the published metrics beside ours: threshold chosen on the test labels, absent organs "
+        "scored 0 (default: %(default)s).",
+    )
+    what.add_argument(
         "--tasks",
         nargs="+",
-        required=True,
         metavar="TASK",
         help=f"Prompt sets: {', '.join(available_tasks())}, or paths of YAML files. The first one's figures head "
-        f"metrics.json.",
+        f"metrics.json. Required, but for --protocol published.",
     )
     what.add_argument(
         "--level",
         choices=LEVELS,
-        default=LEVELS[0],
         help="scan: the first reconstruction of every scan (default); reconstruction: all of them, as the published "
         "CT-RATE numbers count, though they repeat a patient.",
     )
@@ -73,7 +96,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     windows.add_argument(
         "--published_windows",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="Make windows as the published evaluation does: padded to whole patches only, behind the end, with "
         "hu_min, boxes one voxel short (default: padded evenly with air to the window size, as in training).",
     )
@@ -91,6 +114,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     running.add_argument("--num_workers", type=int, default=1, help="Threads that decode ahead (default: %(default)s).")
     running.add_argument("--quiet", action="store_true", help="No progress bar and no table.")
     args = parser.parse_args(arguments)
+    args.set_by = {}
+    for name, value in PROTOCOLS[args.protocol].items():
+        args.set_by[name] = "protocol" if getattr(args, name) is None else "command line"
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.tasks is None:
+        parser.error("the following arguments are required: --tasks (only --protocol published brings its own).")
     for name in ("batch_size", "num_workers", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} must be at least 1.")
@@ -133,7 +163,8 @@ def run(args: argparse.Namespace) -> dict:
     rule = WindowRule(
         tuple(args.window_size or vision.volume_size), tuple(vision.patch_size), published=args.published_windows
     )
-    check_split_matches(read_manifest(args.data, args.data_revision), model.config, args.data)
+    manifest = read_manifest(args.data, args.data_revision)
+    check_split_matches(manifest, model.config, args.data)
     dataset = select_scans(open_split(args.data, args.split, args.data_revision), args.level, args.limit)
 
     scores = evaluate_split(
@@ -147,28 +178,38 @@ def run(args: argparse.Namespace) -> dict:
         dtype=DTYPES[args.dtype],
         progress=not args.quiet,
     )
+    published = args.protocol == "published"
     protocol = {
+        "name": args.protocol,
+        "set_by": args.set_by,
         "tasks": [task_protocol(task) for task in tasks],
         "model": {"path": args.model, "revision": args.revision, "commit": getattr(model.config, "_commit_hash", None)},
-        "data": {"path": args.data, "revision": args.data_revision, "split": args.split},
+        "data": {
+            "path": args.data,
+            "revision": args.data_revision,
+            "split": args.split,
+            "preprocessing": manifest["settings"].get("preprocessing", "standard"),
+        },
         "level": "first reconstruction of every scan" if args.level == "scan" else "every reconstruction",
         "limit": args.limit,
         "organs": {"set": model.config.organ_set, "names": list(model.config.organs)},
         "windows": window_protocol(rule, scores),
         "score": "mean over prompt pairs of softmax([negative, positive] / temperature)",
         "temperature": 1.0 / scores.logit_scale,
-        "absent_organs": "not scored",
+        "absent_organs": "not scored; counted as 0 under `published`" if published else "not scored",
         "incomplete_organs": "scored",
         "device": str(model.device),
         "dtype": args.dtype,
         "batch_size": args.batch_size,
         "versions": library_versions(),
     }
-    metrics, paths = write_results(scores, protocol, args.out)
+    metrics, paths = write_results(scores, protocol, args.out, published=published)
     if not args.quiet:
         print(format_table(metrics))
         for name, others in metrics["other_tasks"].items():
             print(f"\n{name}\n{format_table(others)}")
+        for name, summary in {metrics["task"]: metrics, **metrics["other_tasks"]}.items() if published else ():
+            print(f"\n{name}, published metrics\n{format_published_table(summary['published'])}")
     print(
         f"{metrics['num_reconstructions']} volumes in {time.perf_counter() - start:.1f} s "
         f"({scores.embeddings.num_windows} windows in {scores.embeddings.num_batches} batches on {device}). Written:"

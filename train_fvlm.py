@@ -7,6 +7,10 @@ Four GPUs, a smaller projection, the control with captions shuffled between pati
     accelerate launch --config_file hub_configs/accelerate/four_gpus.yaml train_fvlm.py --recipe synthetic \\
         --data out/split --output_dir out/control --model.projection_dim 64 --shuffle_captions
 
+From published weights (or an earlier run's folder), with its architecture, text encoder and tokenizer:
+    python -m training_fvlm.convert --weights published.pth --vocab vocab.txt --out out/published
+    python train_fvlm.py --recipe published_chest_4 --init_from out/published --data out/split --output_dir out/run
+
 Continue a run that was stopped, exactly where its last checkpoint was:
     python train_fvlm.py --recipe synthetic_demo --data out/split --output_dir out/run --resume_from_checkpoint true
 
@@ -47,6 +51,7 @@ from training_fvlm.data import (
 )
 from training_fvlm.model_card import render_card
 from training_fvlm.organ_losses import last_rows
+from training_fvlm.start import read_start
 from training_fvlm.trainer import FVLMTrainer
 
 logger = logging.get_logger("train_fvlm")
@@ -87,13 +92,14 @@ def train(settings: Settings) -> None:
     # Data
     description = read_description(data.data, data.data_revision)
     check_against_recipe(description, settings.model, data.data)
+    start = None if data.init_from is None else read_start(data.init_from, settings.model, description)
     train_dataset, eval_dataset = load_datasets(settings)
 
     # Model
     resumed = args.resume_from_checkpoint
     tokenizer = AutoTokenizer.from_pretrained(resumed, trust_remote_code=True) if resumed else None
     model, processor = build_model(
-        settings.model, description, train_dataset, window_volumes=data.window_volumes, tokenizer=tokenizer
+        settings.model, description, train_dataset, window_volumes=data.window_volumes, tokenizer=tokenizer, start=start
     )
     crop = {"tokenizer": processor.tokenizer, "config": model.config, "seed": args.seed}
     if resumed:

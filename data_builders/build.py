@@ -26,11 +26,13 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from modeling_fvlm.configuration_fvlm import DEFAULT_WINDOW, FVLMConfig, FVLMVisionConfig
 from modeling_fvlm.geometry import AXES
 from modeling_fvlm.organs import OrganSet, load_organ_set, organ_label_table
-from modeling_fvlm.preparation import prepare_scan
+from modeling_fvlm.preparation import PreparedScan, prepare_scan
 from modeling_fvlm.processed_split import encode_array
-from modeling_fvlm.reading import read_nifti, read_nifti_mask
+from modeling_fvlm.published_preparation import as_stored, prepare_published_scan
+from modeling_fvlm.reading import read_affine, read_nifti, read_nifti_mask
 
 from .card import write_card
 from .cases import Case, sort_cases, source_fingerprint
@@ -67,6 +69,7 @@ class Settings:
         numberings: numbering as it stands in the cases -> a key of NUMBERINGS, or {label: class name}.
         spacing: Voxel size in mm along (depth, height, width).
         margin_voxels: Voxels of that size kept around the organs.
+        preprocessing: "standard" or "published", as in the model's config.
         rows_per_shard: Rows of a full shard.
         lexicon: Terms by which sentences find their organs.
         options: The builder's own settings, as they go into the manifest.
@@ -77,6 +80,7 @@ class Settings:
     numberings: dict[str, str | dict[int, str | None]]
     spacing: tuple[float, float, float]
     margin_voxels: tuple[int, int, int]
+    preprocessing: str
     rows_per_shard: int
     lexicon: Lexicon
     options: dict
@@ -90,6 +94,7 @@ class Settings:
             "numberings": self.numberings,
             "spacing": self.spacing,
             "margin_voxels": self.margin_voxels,
+            "preprocessing": self.preprocessing,
             "rows_per_shard": self.rows_per_shard,
             "lexicon": {"name": self.lexicon.name, "version": self.lexicon.version, "sha256": self.lexicon.sha256},
             "options": self.options,
@@ -113,7 +118,7 @@ def add_build_arguments(parser: argparse.ArgumentParser, organs: str) -> None:
         "--spacing",
         type=float,
         nargs=3,
-        default=(3.0, 1.0, 1.0),
+        default=FVLMConfig.spacing,
         metavar=("DEPTH", "HEIGHT", "WIDTH"),
         help="Voxel size in mm to resample to (default: 3 1 1).",
     )
@@ -121,9 +126,16 @@ def add_build_arguments(parser: argparse.ArgumentParser, organs: str) -> None:
         "--margin",
         type=int,
         nargs=3,
-        default=(5, 20, 20),
+        default=FVLMConfig.margin_voxels,
         metavar=("DEPTH", "HEIGHT", "WIDTH"),
         help="Voxels kept around the box of all organs; what lies outside is cut off (default: 5 20 20).",
+    )
+    group.add_argument(
+        "--preprocessing",
+        choices=["standard", "published"],
+        default="standard",
+        help="published: scans and captions as the published weights saw them, faults included, padded to the "
+        "published crop; for models whose config says so (default: standard).",
     )
     group.add_argument(
         "--lexicon", default="english", help="Terms for report -> organ captions: english, or a YAML file."
@@ -169,6 +181,7 @@ def settings_from_args(
         numberings=numberings or {"totalsegmentator_v2": "totalsegmentator_v2"},
         spacing=tuple(float(edge) for edge in args.spacing),
         margin_voxels=tuple(args.margin),
+        preprocessing=args.preprocessing,
         rows_per_shard=args.rows_per_shard,
         lexicon=load_lexicon(args.lexicon),
         options=options,
@@ -201,8 +214,7 @@ def build_row(case: Case) -> BuiltRow:
     """Read and prepare one case. A case that cannot be used comes back with its reason; anything else is our bug."""
     organs = _settings.organ_set.organs
     try:
-        volume, mask = read_nifti(case.volume), read_nifti_mask(case.mask)
-        scan = prepare_scan(volume, mask, _tables[case.numbering], _settings.spacing, _settings.margin_voxels)
+        scan = read_scan(case)
     except (ValueError, FileNotFoundError) as error:
         # No folder of this machine in the manifest: it says nothing to its reader, and the bytes would hang on it.
         reason = str(error).replace(f"{case.volume.parent}{os.sep}", "").replace(f"{case.mask.parent}{os.sep}", "")
@@ -215,7 +227,14 @@ def build_row(case: Case) -> BuiltRow:
         "mask": encode_array(scan.mask),
         "shape": list(scan.volume.shape),
         "spacing": list(scan.spacing),
-        "captions": caption_rows(case.findings, case.impression, organs, _settings.lexicon, case.organ_texts),
+        "captions": caption_rows(
+            case.findings,
+            case.impression,
+            organs,
+            _settings.lexicon,
+            case.organ_texts,
+            published=_settings.preprocessing == "published",
+        ),
         "findings": case.findings,
         "impression": case.impression,
         "labels": [{"finding": finding, "value": value} for finding, value in case.labels],
@@ -223,6 +242,16 @@ def build_row(case: Case) -> BuiltRow:
     voxels = np.bincount(scan.mask.ravel(), minlength=len(organs) + 1)
     present = tuple(organ for organ, count in zip(organs, voxels[1:]) if count)
     return BuiltRow(case.recon_id, row, present, warning=implausible_hu(scan.volume, scan.mask, organs, voxels))
+
+
+def read_scan(case: Case) -> PreparedScan:
+    """Volume and mask of one case, prepared as the settings say."""
+    geometry = (_tables[case.numbering], _settings.spacing, _settings.margin_voxels)
+    if _settings.preprocessing == "published":
+        volume = as_stored(read_nifti, case.volume, read_affine(case.volume))
+        mask = as_stored(read_nifti_mask, case.mask, read_affine(case.mask))
+        return prepare_published_scan(volume, mask, *geometry, FVLMVisionConfig.volume_size, [DEFAULT_WINDOW])
+    return prepare_scan(read_nifti(case.volume), read_nifti_mask(case.mask), *geometry)
 
 
 def implausible_hu(volume: np.ndarray, mask: np.ndarray, organs: Sequence[str], voxels: np.ndarray) -> str | None:

@@ -69,7 +69,6 @@ def card_text(manifest: dict) -> str:
         ],
         "dataset_info": [{"config_name": "volumes", "features": features(SCHEMA)}],
     }
-    spacing, margin = ([f"{edge:g}" for edge in settings[key]] for key in ("spacing", "margin_voxels"))
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False).rstrip(),
@@ -102,10 +101,7 @@ def card_text(manifest: dict) -> str:
         "",
         "## Geometry and values",
         "",
-        "- Arrays are `(depth, height, width)` in LPS orientation: depth from feet to head, height from front to back,",
-        "  width from the patient's right to the patient's left.",
-        f"- Resampled to about {' x '.join(spacing)} mm in that order; `spacing` in a row is exact.",
-        f"- Cut to the box of all organs with a margin of {' / '.join(margin)} voxels.",
+        *geometry_lines(settings),
         "- `volume` is int16 in Hounsfield units, not windowed. `mask` is uint8: 0 background, else the label below.",
         "",
         "## Read it",
@@ -141,6 +137,29 @@ def card_text(manifest: dict) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def geometry_lines(settings: dict) -> list[str]:
+    """Axes, spacing and extent of the arrays."""
+    spacing = " x ".join(f"{edge:g}" for edge in settings["spacing"])
+    margin = " / ".join(f"{edge:g}" for edge in settings["margin_voxels"])
+    if settings["preprocessing"] == "published":
+        return [
+            "- `preprocessing: published`: prepared as the published weights saw their scans, faults included. The",
+            "  captions are in the published form.",
+            "- Arrays are the stored ones, reversed to `(depth, height, width)`: LPS for CT-RATE's files, whatever the",
+            "  file had for others.",
+            f"- Resampled towards {spacing} mm in that order, with the two spacings in the plane exchanged;",
+            "  `spacing` in a row is the true one.",
+            f"- Cut to the box of all organs with a margin of {margin} voxels below and one less above, then padded to",
+            "  the published crop.",
+        ]
+    return [
+        "- Arrays are `(depth, height, width)` in LPS orientation: depth from feet to head, height from front to back,",
+        "  width from the patient's right to the patient's left.",
+        f"- Resampled to about {spacing} mm in that order; `spacing` in a row is exact.",
+        f"- Cut to the box of all organs with a margin of {margin} voxels.",
+    ]
 
 
 def content_digest(manifest: dict) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from modeling_fvlm.captions import compose_caption
+from modeling_fvlm.captions import compose_caption, is_abnormal_caption
 
 from .cases import OrganText, nearest
 
@@ -308,6 +308,7 @@ def caption_rows(
     organs: Sequence[str],
     lexicon: Lexicon,
     organ_texts: Mapping[str, OrganText] | None = None,
+    published: bool = False,
 ) -> list[dict]:
     """The column `captions`: one entry for every organ of the set, in its order.
 
@@ -315,17 +316,23 @@ def caption_rows(
 
     Args:
         organ_texts: Captions that the source brings itself; the report is then not decomposed.
+        published: Captions in the published form, abnormal by their beginning alone. Which sentences an organ gets is
+            still this file's rule; the published ones come in as `organ_texts`, where `("",)` is an empty entry.
     """
     texts = decompose(findings, impression, organs, lexicon) if organ_texts is None else organ_texts
     rows = []
     for organ in organs:
         text = texts.get(organ, OrganText((), (), False))
         is_mentioned = bool(text.impression or text.findings)
+        if published:  # no sentence is no entry there
+            caption = compose_caption(organ, text.impression or None, text.findings or None, published=True)
+        else:
+            caption = compose_caption(organ, text.impression, text.findings)
         rows.append(
             {
                 "organ": organ,
-                "caption": compose_caption(organ, text.impression, text.findings),
-                "is_abnormal": text.is_abnormal and is_mentioned,
+                "caption": caption,
+                "is_abnormal": is_abnormal_caption(caption, organ) if published else text.is_abnormal and is_mentioned,
                 "is_mentioned": is_mentioned,
             }
         )

@@ -14,6 +14,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 ORGAN_ABSENT = "organ absent from the mask"
 LABEL_UNKNOWN = "label unknown"
+RECONSTRUCTION = ["patient_id", "scan_id", "recon_id"]
 
 
 def finding_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
@@ -86,11 +87,12 @@ def summarize(frame: pd.DataFrame) -> dict:
         "num_findings": len(measured),
         "num_findings_asked": len(per_finding),
         "num_patients": int(scored["patient_id"].nunique()),
-        "num_scans": int(scored["scan_id"].nunique()),
-        "num_reconstructions": int(scored["recon_id"].nunique()),
+        # Two patients may call their visits alike.
+        "num_scans": len(scored.drop_duplicates(["patient_id", "scan_id"])),
+        "num_reconstructions": len(scored.drop_duplicates(RECONSTRUCTION)),
         "per_finding": per_finding,
         "per_organ": per_organ,
-        "num_incomplete_organs": len(cut.drop_duplicates(["recon_id", "organ"])),
+        "num_incomplete_organs": len(cut.drop_duplicates([*RECONSTRUCTION, "organ"])),
         "excluded": excluded,
     }
 

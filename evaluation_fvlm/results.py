@@ -10,6 +10,7 @@ from pathlib import Path
 
 from evaluation_fvlm.metrics import summarize
 from evaluation_fvlm.plots import plot_auc_bars, plot_roc_curves
+from evaluation_fvlm.published_metrics import published_scores, summarize_published
 from evaluation_fvlm.tasks import Task
 from evaluation_fvlm.windows import WindowRule
 from evaluation_fvlm.zero_shot import ZeroShotScores
@@ -50,7 +51,9 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def write_results(scores: ZeroShotScores, protocol: dict, folder: Path) -> tuple[dict, list[Path]]:
+def write_results(
+    scores: ZeroShotScores, protocol: dict, folder: Path, *, published: bool = False
+) -> tuple[dict, list[Path]]:
     """Write scores.csv, metrics.json and, for every task, roc.png and auc_bars.png.
 
     The figures of `metrics.json` are those of the first task; those of further tasks stand under `other_tasks` by
@@ -59,6 +62,8 @@ def write_results(scores: ZeroShotScores, protocol: dict, folder: Path) -> tuple
     Args:
         protocol: Written as it is beside the figures; everything that a reader needs to get the same numbers.
         folder: Made if missing; files of an earlier run are replaced.
+        published: Add to every task's figures the published ones under `published`, and write its scores in the
+            published column form: published_scores.csv, for further tasks `published_scores_NAME.csv`.
 
     Returns:
         The content of metrics.json, and the paths written.
@@ -70,6 +75,10 @@ def write_results(scores: ZeroShotScores, protocol: dict, folder: Path) -> tuple
     for n, task in enumerate(scores.tasks):
         frame = scores.frame[scores.frame["task"] == task.name]
         summary = {"task": task.name} | summarize(frame) | {"findings_without_labels": scores.unlabelled[task.name]}
+        if published:
+            summary["published"] = summarize_published(frame)
+            paths.append(folder / ("published_scores.csv" if n == 0 else f"published_scores_{task.name}.csv"))
+            published_scores(frame, task).to_csv(paths[-1], index=False)
         if n == 0:
             metrics = summary | {"other_tasks": {}}
         else:

@@ -58,7 +58,9 @@ def read_manifest(data: str, revision: str | None = None) -> dict:
 
 
 def check_split_matches(manifest: dict, config: PreTrainedConfig, where: str) -> None:
-    """Refuse a split whose organs or spacing are not the model's: its labels would mean other organs.
+    """Refuse a split whose organs, spacing or preprocessing are not the model's.
+
+    With other organs its labels would mean others; prepared another way its scans are not what the model knows.
 
     Raises:
         EvaluationError: Naming the first difference and both values.
@@ -76,6 +78,12 @@ def check_split_matches(manifest: dict, config: PreTrainedConfig, where: str) ->
         raise EvaluationError(
             f"{where} was prepared at spacing {list(settings['spacing'])} mm (depth, height, width), the model reads "
             f"{list(config.spacing)}. Build the split at the model's spacing."
+        )
+    prepared = settings.get("preprocessing", "standard")  # splits from before there was a choice are standard
+    if prepared != config.preprocessing:
+        raise EvaluationError(
+            f"{where} was prepared with preprocessing '{prepared}', the model reads '{config.preprocessing}'. Build "
+            f"the split with `--preprocessing {config.preprocessing}`."
         )
 
 

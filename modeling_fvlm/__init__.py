@@ -37,6 +37,7 @@ from .pooling import OrganPooling, OrganProjection
 from .preparation import PreparedScan, prepare_scan
 from .processed_split import decode_volume, encode_array
 from .processing_fvlm import FVLMProcessor
+from .published_preparation import prepare_published_scan
 from .reading import Volume, check_same_grid, read_nifti, read_nifti_mask
 from .vision import FVLMVisionModel, FVLMVisionOutput
 
@@ -77,6 +78,7 @@ __all__ = [
     "normal_caption",
     "organ_contrastive_loss",
     "organ_label_table",
+    "prepare_published_scan",
     "prepare_scan",
     "read_nifti",
     "read_nifti_mask",

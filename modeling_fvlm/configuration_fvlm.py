@@ -95,6 +95,8 @@ class FVLMConfig(PreTrainedConfig):
             `(clip((hu - hu_min) / (hu_max - hu_min), 0, 1) - mean) / std`.
         spacing: mm between voxel centres along (depth, height, width).
         margin_voxels: Margin around the box of all organs, voxels along (depth, height, width) of that spacing.
+        preprocessing: How a scan is brought there. "standard": by its affine, with the same margin on both sides.
+            "published": as the published weights saw their scans, faults included (published_preparation.py).
         projection_dim: Size of `image_embeds` and `text_embeds`.
         pooling_num_heads, pooling_dropout: Of the attention that pools an organ's tokens.
         text_pooling: "cls" takes the first token's last hidden state, "mean" the mean over a caption's tokens.
@@ -122,6 +124,7 @@ class FVLMConfig(PreTrainedConfig):
     windows: list[dict] | tuple[dict, ...] | None = None
     spacing: tuple[float | int, ...] | list[float | int] = (3.0, 1.0, 1.0)
     margin_voxels: tuple[int, ...] | list[int] = (5, 20, 20)
+    preprocessing: Literal["standard", "published"] = "standard"
     projection_dim: int = 256
     pooling_num_heads: int = 4
     pooling_dropout: float | int = 0.1

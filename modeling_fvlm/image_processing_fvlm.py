@@ -6,6 +6,8 @@ Organs, spacing, margin and HU windows are those of the model's config; a scan t
     (2) labels -> organs, resample, box    preparation
     (3) crop or pad to `volume_size`       geometry
     (4) window the HU                      geometry, or the model itself when `window=False`
+
+With `preprocessing="published"` steps (1) and (2) are those of published_preparation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,16 +18,16 @@ import torch
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .configuration_fvlm import DEFAULT_WINDOW, FVLMConfig, FVLMVisionConfig
 from .geometry import AIR_HU, crop_inside, crop_or_pad, crop_start, organ_box, organs_in_crop, window_volume
 from .organs import nearest_name, organ_label_table
 from .preparation import PreparedScan, prepare_scan
+from .published_preparation import as_stored, prepare_published_scan
 from .reading import mask_from_array, read_affine, read_nifti, read_nifti_mask, volume_from_array
-
-DEFAULT_WINDOW = {"hu_min": -1150.0, "hu_max": 350.0, "mean": 0.0, "std": 1.0}
 
 
 class FVLMImageProcessor(BaseImageProcessor):
-    """Prepare scans for `FVLMModel`.
+    """Prepare scans for `FVLMModel`. Defaults are those of the config.
 
     Args:
         organs: Organ names in the order of the model's organ axis.
@@ -36,6 +38,7 @@ class FVLMImageProcessor(BaseImageProcessor):
         patch_size: Patch edges in voxels; every edge of a crop is a multiple of its patch.
         margin_voxels: Margin around the box of all organs, in voxels of `spacing`.
         completeness, min_organ_voxels: The model's rule for organs that count as whole.
+        preprocessing: "standard", or "published" to prepare scans as the published weights saw them, faults included.
     """
 
     model_input_names = ["pixel_values", "organ_mask", "organ_is_complete"]
@@ -44,18 +47,21 @@ class FVLMImageProcessor(BaseImageProcessor):
         self,
         organs: Sequence[str] | None = None,
         organ_classes: Mapping | None = None,
-        spacing: Sequence[float] = (3.0, 1.0, 1.0),
+        spacing: Sequence[float] = FVLMConfig.spacing,
         windows: Sequence[Mapping[str, float]] = (DEFAULT_WINDOW,),
-        volume_size: Sequence[int] = (112, 256, 352),
-        patch_size: Sequence[int] = (16, 16, 32),
-        margin_voxels: Sequence[int] = (5, 20, 20),
-        completeness: str = "border",
-        min_organ_voxels: int = 1,
+        volume_size: Sequence[int] = FVLMVisionConfig.volume_size,
+        patch_size: Sequence[int] = FVLMVisionConfig.patch_size,
+        margin_voxels: Sequence[int] = FVLMConfig.margin_voxels,
+        completeness: str = FVLMConfig.completeness,
+        min_organ_voxels: int = FVLMConfig.min_organ_voxels,
+        preprocessing: str = FVLMConfig.preprocessing,
         **kwargs,
     ):
         super().__init__(**kwargs)
         if not organs:
             raise ValueError("organs is missing: make the processor with FVLMImageProcessor.from_config(model.config).")
+        if preprocessing not in ("standard", "published"):
+            raise ValueError(f"preprocessing must be 'standard' or 'published', got {preprocessing!r}.")
         # Lists, as they come back from JSON: a saved and loaded processor equals its origin.
         self.organs = list(organs)
         self.organ_classes = dict(organ_classes or {})
@@ -66,6 +72,7 @@ class FVLMImageProcessor(BaseImageProcessor):
         self.margin_voxels = list(margin_voxels)
         self.completeness = completeness
         self.min_organ_voxels = min_organ_voxels
+        self.preprocessing = preprocessing
 
     @classmethod
     def from_config(cls, config) -> "FVLMImageProcessor":
@@ -80,6 +87,7 @@ class FVLMImageProcessor(BaseImageProcessor):
             margin_voxels=config.margin_voxels,
             completeness=config.completeness,
             min_organ_voxels=config.min_organ_voxels,
+            preprocessing=config.preprocessing,
         )
 
     def __call__(self, volumes, masks=None, **kwargs) -> BatchFeature:
@@ -156,20 +164,29 @@ class FVLMImageProcessor(BaseImageProcessor):
             )
         table = organ_label_table(self.organ_classes, self.organs, numbering)
         if _is_path(volume):
-            read_volume = read_nifti(volume, affine)
+            read_volume = self._read(read_nifti, volume, affine)
         elif _is_volume(volume):
             read_volume = volume
         else:
-            read_volume = volume_from_array(_as_array(volume), _needed(affine, "volume"))
+            read_volume = self._read(volume_from_array, _as_array(volume), _needed(affine, "volume"))
         if _is_path(mask):
-            read_mask = read_nifti_mask(mask)
+            read_mask = self._read(read_nifti_mask, mask, None)
         elif _is_volume(mask):
             read_mask = mask
         else:
             if affine is None and _is_path(volume):
                 affine = read_affine(volume)
-            read_mask = mask_from_array(_as_array(mask), _needed(affine, "mask"))
-        return prepare_scan(read_volume, read_mask, table, self.spacing, self.margin_voxels)
+            read_mask = self._read(mask_from_array, _as_array(mask), _needed(affine, "mask"))
+        geometry = (read_volume, read_mask, table, self.spacing, self.margin_voxels)
+        if self.preprocessing == "published":
+            return prepare_published_scan(*geometry, self.volume_size, self.windows)
+        return prepare_scan(*geometry)
+
+    def _read(self, read, source, affine: np.ndarray | None):
+        """A `Volume` from a path or an array, turned by its affine, or left as stored for the published preparation."""
+        if self.preprocessing == "published":
+            return as_stored(read, source, read_affine(source) if affine is None else affine)
+        return read(source, affine)
 
     def crop(
         self, scan: PreparedScan, center: str | Sequence[int] | None = None

@@ -1,5 +1,7 @@
 """One scan from its file's grid to what is stored or cropped: the chain that builders and processor share.
 
+This is `preprocessing: standard`; published_preparation.py holds the published one.
+
 (1) volume and mask are checked to lie on one grid
 (2) the mask is resampled and its labels become organs
 (3) the box of all organs, widened by a margin, is found on the resampled grid
@@ -37,8 +39,8 @@ def prepare_scan(
     volume: Volume,
     mask: Volume,
     table: np.ndarray,
-    spacing: Sequence[float] = (3.0, 1.0, 1.0),
-    margin_voxels: Sequence[int] = (5, 20, 20),
+    spacing: Sequence[float],
+    margin_voxels: Sequence[int],
 ) -> PreparedScan:
     """Resample a scan and cut it to its organs.
 
@@ -53,10 +55,31 @@ def prepare_scan(
         BadVolumeError: If the two are not on one grid, a label is outside the numbering, or no organ is present.
     """
     check_same_grid(volume, mask)  # (1)
+    labels = resample_mask(mask.array, mask.spacing, spacing)  # (2) fewer voxels first, then the lookup
+    organs = organs_of_labels(labels, volume, mask, table)
+    box = organ_box(organs, margin_voxels)  # (3)
+    return PreparedScan(
+        volume=resample_volume(volume.array, volume.spacing, spacing, box),  # (4)
+        mask=np.ascontiguousarray(organs[box]),
+        spacing=resampled_spacing(volume.array.shape, volume.spacing, spacing),
+        box=box,
+    )
+
+
+def organs_of_labels(labels: np.ndarray, volume: Volume, mask: Volume, table: np.ndarray) -> np.ndarray:
+    """Turn a resampled mask into organ labels.
+
+    Args:
+        labels: Labels of the segmentation on the model's grid.
+        volume, mask: What they are from, for messages and for labels that resampling stepped over.
+        table: From `organ_label_table`.
+
+    Raises:
+        BadVolumeError: If a label is outside the numbering, or no organ is present.
+    """
     highest = int(mask.array.max())  # on the full grid: resampling may step over a small structure
     if table[highest] == UNKNOWN_LABEL:
         raise _unknown_label(mask, highest, table)
-    labels = resample_mask(mask.array, mask.spacing, spacing)  # (2) fewer voxels first, then the lookup
     organs = table[labels]
     if organs.max() == UNKNOWN_LABEL:
         raise _unknown_label(mask, int(labels[organs == UNKNOWN_LABEL][0]), table)
@@ -65,13 +88,7 @@ def prepare_scan(
             f"{volume.name}: the mask ({mask.name}) holds no organ of the set; its labels are "
             f"{np.unique(labels).tolist()[:20]}. Check that it belongs to this scan and was read with its numbering."
         )
-    box = organ_box(organs, margin_voxels)  # (3)
-    return PreparedScan(
-        volume=resample_volume(volume.array, volume.spacing, spacing, box),  # (4)
-        mask=np.ascontiguousarray(organs[box]),
-        spacing=resampled_spacing(volume.array.shape, volume.spacing, spacing),
-        box=box,
-    )
+    return organs
 
 
 def _unknown_label(mask: Volume, label: int, table: np.ndarray) -> BadVolumeError:

@@ -15,6 +15,7 @@ from evaluation_samples import TASK, tiny_dataset, tiny_model, tiny_rows, tiny_t
 import eval_fvlm
 from evaluation_fvlm.metrics import summarize
 from evaluation_fvlm.plots import plot_auc_bars, plot_roc_curves
+from evaluation_fvlm.published_metrics import published_finding_metrics
 from evaluation_fvlm.tasks import load_task
 from evaluation_fvlm.zero_shot import evaluate_split
 from modeling_fvlm.pipeline_fvlm import save_for_hub
@@ -105,6 +106,58 @@ def test_options_reach_the_evaluation(workplace, tmp_path):
     assert frame.groupby("task").size().to_dict() == {"tiny": 20, "other": 5}
 
 
+def test_published_protocol_through_the_command(workplace, tmp_path, capsys):
+    def run(name: str, *flags: str) -> tuple[dict, str]:
+        given = arguments(workplace, tmp_path / name, tasks=[workplace / "task.yaml", workplace / "other.yaml"])
+        assert eval_fvlm.main([*given, *flags]) == 0
+        return json.loads((tmp_path / name / "metrics.json").read_text()), capsys.readouterr().out
+
+    metrics, printed = run("published", "--protocol", "published")
+    protocol, published = metrics["protocol"], metrics["published"]
+    assert protocol["name"] == "published" and protocol["level"] == "every reconstruction"
+    assert protocol["windows"]["size"] == [112, 288, 352] and protocol["windows"]["rule"] == "published"
+    assert protocol["data"]["preprocessing"] == "standard" and "counted as 0" in protocol["absent_organs"]
+    assert protocol["set_by"].pop("tasks") == "command line" and set(protocol["set_by"].values()) == {"protocol"}
+    assert len(protocol["set_by"]) == 3
+
+    # The published file holds what scores.csv holds, in the published form.
+    table = pd.read_csv(tmp_path / "published" / "published_scores.csv")
+    scores = pd.read_csv(tmp_path / "published" / "scores.csv").query("task == 'tiny'")
+    assert table["file_name"].tolist() == [f"{row['recon_id']}.nii.gz" for row in tiny_rows()] + ["valid_0_a_2.nii.gz"]
+    assert table.columns.tolist() == [
+        "file_name",
+        "lung_Nodule_No nodule. | There is no nodule._Nodule. | There is nodule.",
+        "heart_Big heart_Not big._Big.",
+        "heart_Small heart_Not small._Small. | Small is seen.",
+        "aorta_Big aorta_Big is not seen._Big is seen.",
+    ]
+    for column in table.columns[1:]:
+        finding = column.split("_")[1]
+        rows = scores[scores["finding"] == finding]
+        np.testing.assert_allclose(table[column], rows["score"], rtol=1e-8)
+        counted = published["per_finding"][finding]
+        assert counted["num_nan_as_zero"] == (table[column].isna() & rows["label"].notna().to_numpy()).sum()
+        assert counted == {"organ": column.split("_")[0]} | published_finding_metrics(table[column], rows["label"])
+    assert published["num_nan_as_zero"] == sum(m["num_nan_as_zero"] for m in published["per_finding"].values()) > 2
+    assert "threshold chosen on the test labels, as published" in published["faults"]
+    assert set(metrics["other_tasks"]["other"]["published"]["per_finding"]) == {"Big heart"}
+    assert (tmp_path / "published" / "published_scores_other.csv").is_file()
+    for text in ("tiny, published metrics", "other, published metrics", *published["faults"]):
+        assert text in printed
+    assert f"{published['num_nan_as_zero']} scores of absent organs (NaN) counted as 0" in printed
+
+    # What the protocol sets gives way to the command line, and all of it together is the standard run.
+    flags = ["--level", "scan", "--window_size", "4", "12", "32", "--no-published_windows"]
+    both, _ = run("both", "--protocol", "published", *flags)
+    assert set(both["protocol"]["set_by"].values()) == {"command line"}
+    standard, printed = run("standard")
+    assert standard["protocol"]["set_by"] == protocol["set_by"] | {"tasks": "command line"}
+    for key in ("per_finding", "num_reconstructions"):
+        assert both[key] == standard[key] != metrics[key], key
+    assert "published" not in standard and "published metrics" not in printed
+    assert not (tmp_path / "standard" / "published_scores.csv").exists()
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -143,6 +196,13 @@ def test_refusals_say_how_to_mend(workplace, tmp_path, capsys):
         assert message in capsys.readouterr().err, options
     with pytest.raises(SystemExit):
         eval_fvlm.main(arguments(workplace, tmp_path / "out", batch_size=0))
+    with pytest.raises(SystemExit):
+        eval_fvlm.main(["--model", "m", "--data", "d", "--out", "o"])
+    assert "required: --tasks (only --protocol published brings its own)" in capsys.readouterr().err
+    # The published prompts ask for organs that this model lacks.
+    places = ["--model", workplace / "model", "--data", workplace / "data", "--out", tmp_path / "out"]
+    assert eval_fvlm.main([*map(str, places), "--device", "cpu", "--protocol", "published"]) == 1
+    assert "organ 'esophagus' is not in config.organs" in capsys.readouterr().err
 
 
 def test_float32_is_float32_however_the_weights_were_saved(tmp_path):

@@ -117,6 +117,13 @@ def test_patients_without_any_score_are_not_counted():
     assert (summary["num_patients"], summary["num_scans"]) == (1, 1)
 
 
+def test_visits_of_two_patients_that_share_a_name_are_two():
+    rows = [(p, "s", recon, "F", "lung", 0.5, 1.0, recon == "r2") for p in ("p0", "p1") for recon in ("r1", "r2")]
+    summary = summarize(frame(rows))
+    assert (summary["num_patients"], summary["num_scans"], summary["num_reconstructions"]) == (2, 2, 4)
+    assert summary["num_incomplete_organs"] == 2
+
+
 def test_auc_equals_the_published_scripts_figure(shared_dir):
     """Same probabilities, same labels; there an absent score counts as 0, so the two are set to 0 here first."""
     folder = shared_dir / "golden" / "metrics"

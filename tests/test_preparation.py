@@ -134,7 +134,7 @@ def test_volume_and_mask_of_a_real_scan_stay_together(shared_dir):
     mask = read_nifti_mask(folder / "abdomen_pelvis_seg_v2.nii.gz")
     organ_set = load_organ_set("body_24")
     table = organ_label_table(organ_set, organ_set.organs, V2)
-    scan = prepare_scan(volume, mask, table)
+    scan = prepare_scan(volume, mask, table, (3.0, 1.0, 1.0), (5, 20, 20))
     organ_ids = {organ: organ_set.organs.index(organ) + 1 for organ in ("liver", "spleen", "hip", "lung")}
     for organ, organ_id in organ_ids.items():
         before = volume.array[table[mask.array] == organ_id].mean()

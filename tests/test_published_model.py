@@ -16,7 +16,7 @@ from transformers import BertTokenizer
 
 from modeling_fvlm import FVLMConfig, FVLMModel, encode_captions
 from modeling_fvlm.modeling_fvlm import organ_occupancy
-from training_fvlm.convert import convert_published_state_dict, to_published_state_dict
+from training_fvlm.published_weights import convert_published_state_dict, to_published_state_dict
 
 CASES = ["tiny-train", "tiny-train-24", pytest.param("tiny-train-fullgrid", marks=pytest.mark.slow)]
 LEVELS_AFTER = [4, 7, 10, 12]  # hidden_states after blocks 3, 6, 9, and the normed last
@@ -192,7 +192,7 @@ def test_conversion_round_trip_is_exact(golden, model):
 
 
 def test_conversion_refuses_what_it_does_not_know(golden):
-    with pytest.raises(ValueError, match="'momentum_encoder.weight' is no parameter of a published"):
+    with pytest.raises(ValueError, match="momentum_encoder.weight: no parameter of a published"):
         convert_published_state_dict({**golden.weights, "momentum_encoder.weight": torch.zeros(1)}, golden.config)
     fewer = {name: tensor for name, tensor in golden.weights.items() if not name.startswith("vision_projs.1.")}
     with pytest.raises(ValueError, match="Give the organs the checkpoint was trained on"):

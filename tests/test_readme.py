@@ -68,8 +68,21 @@ def test_what_the_readme_names_exists():
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     for recipe in re.findall(r"--recipe ([\w-]+)", README):
         assert (ROOT / "hub_configs" / "recipes" / f"{recipe}.yaml").is_file(), recipe
-    for image in re.findall(r"!\[[^]]*]\(([^)]+)\)", README):
-        assert (ROOT / image).is_file(), image
+    for target in re.findall(r"]\((?!https?:)([^)]+)\)", README):  # pictures and pages
+        assert (ROOT / target).is_file(), target
+
+
+def test_what_the_table_of_departures_names_exists():
+    page = (ROOT / "docs" / "published.md").read_text(encoding="utf-8")
+    for path in set(re.findall(r"`((?:tests|hub_configs)/[\w./-]+)`", page)):
+        assert (ROOT / path).is_file(), path
+    rooms = ("training_fvlm", "evaluation_fvlm", "data_builders")
+    sources = [ROOT / "eval_fvlm.py", *(path for room in rooms for path in (ROOT / room).glob("*.py"))]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    options = set(re.findall(r"--([a-z_]{4,})", page)) - {"weight_decay", "max_grad_norm"}  # the Trainer's own
+    assert len(options) >= 8
+    for option in options:
+        assert re.search(rf'"--{option}"|^    {option}: ', code, re.MULTILINE), option
 
 
 def test_placeholders_are_gone():

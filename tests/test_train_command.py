@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel
 import train_fvlm
 from modeling_fvlm.organs import load_organ_set
 from modeling_fvlm.processed_split import encode_array
-from training_fvlm.arguments import RECIPES, SettingsError, has_auto_windows, load_yaml, parse_settings
+from training_fvlm.arguments import RECIPES, SettingsError, build_config, has_auto_windows, load_yaml, parse_settings
 from training_fvlm.data import SplitDescription, check_against_recipe, load_split
 from training_fvlm.organ_losses import OrganLossFile
 from training_fvlm.text import load_text_encoder, train_tokenizer
@@ -270,8 +270,8 @@ def test_a_pretrained_text_encoder_keeps_its_weights(work, tmp_path):
     expected = {name: value for name, value in trained.state_dict().items() if not name.startswith("pooler")}
     assert expected and all(torch.equal(saved[f"text_model.{name}"], value) for name, value in expected.items())
     (encoder / "model.safetensors").unlink()
-    torch.save(trained.state_dict(), encoder / "pytorch_model.bin")
-    with pytest.raises(SettingsError, match="cannot be loaded"):  # a pickle runs code
+    torch.save({**trained.state_dict(), "code": print}, encoder / "pytorch_model.bin")
+    with pytest.raises(SettingsError, match="cannot be loaded"):  # a pickle may hold tensors only
         load_text_encoder(str(encoder), None)
 
 
@@ -365,12 +365,43 @@ def test_numbers_in_yaml_are_numbers():
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_that_ship_are_whole(path, tmp_path):
-    settings = parse_settings(["--recipe", path.stem, "--data", "d", "--output_dir", str(tmp_path)], "help")
+    words = ["--recipe", path.stem, "--data", "d", "--output_dir", str(tmp_path), "--use_cpu"]  # or bf16 asks for a GPU
+    settings = parse_settings(words, "help")
     assert settings.recipe["name"] == path.stem and settings.recipe["version"] >= 1
     organs = load_organ_set(settings.model.get("organ_set", "chest_4"))  # a recipe may leave it to the split
-    description = SplitDescription(organs.name, tuple(organs.organs), organs.classes, (20.0, 4.0, 4.0), (1, 4, 4))
+    geometry = settings.model.get("spacing", (20.0, 4.0, 4.0)), settings.model.get("margin_voxels", (1, 4, 4))
+    preparation = settings.model.get("preprocessing", "standard")
+    description = SplitDescription(organs.name, tuple(organs.organs), organs.classes, *geometry, preparation)
     check_against_recipe(description, settings.model, "d")
     assert has_auto_windows(settings.model) or "windows" not in settings.model
+
+
+def test_the_published_recipe_is_the_published_run(tmp_path):
+    words = ["--recipe", "published_chest_4", "--data", "d", "--output_dir", str(tmp_path)]
+    settings = parse_settings(words, "help")
+    args, data = settings.training, settings.data
+    assert args.per_device_train_batch_size * 4 == 56 and args.num_train_epochs == 20 and not (args.bf16 or args.fp16)
+    assert (args.lr_schedule, args.learning_rate, args.min_lr) == ("published", 1e-4, 1e-6)
+    assert (args.warmup_start_lr, args.get_warmup_steps(20_000)) == (1e-6, 377)
+    assert args.optim.startswith("adamw_torch") and (args.adam_beta1, args.adam_beta2) == (0.9, 0.999)
+    assert args.weight_decay == 0.01 and args.weight_decay_everywhere and args.max_grad_norm == 0
+    assert args.skip_inactive_organs and args.published_gradient_scale
+    assert data.flip_axes == ["depth", "height", "width"] and data.flip_probability == 0.2
+    config = build_config(settings.model, organs=["lung"], text_config={"model_type": "bert"})
+    assert not config.text_token_types and config.max_text_length == 384 and config.organ_reduction == "sum"
+    assert config.vision_config.hidden_size == 768 and config.vision_config.position_grid == (7, 16, 11)
+    assert config.preprocessing == "published" and config.completeness == "border"
+
+
+def test_the_24_organ_recipe_contrasts_more_than_two(tmp_path):
+    words = ["--recipe", "body_24_one_gpu", "--data", "d", "--output_dir", str(tmp_path)]
+    settings = parse_settings([*words, "--bf16", "false"], "help")  # a CPU without bf16 refuses it
+    args = settings.training
+    assert args.group_size >= 16 and args.gradient_accumulation_steps == 1 and args.activation_checkpointing
+    assert (args.per_device_eval_batch_size, args.num_train_epochs, args.weight_decay) == (8, 100, 0.05)
+    assert args.learning_rate * args.lr_scheduler_kwargs["min_lr_rate"] == pytest.approx(1e-6)
+    config = build_config(settings.model, organs=["lung"], text_config={"model_type": "bert"})
+    assert (config.completeness, config.min_organ_voxels, config.max_text_length) == ("min_voxels", 100, 200)
 
 
 def test_help_is_a_manual(capsys):

@@ -160,7 +160,11 @@ def test_what_decays(tmp_path):
     assert "temperature.value" in spared and "vision_model.embeddings.position_embeddings" in spared
     assert "text_model.embeddings.position_embeddings.weight" in spared
     assert {name for name in names if "norm" in name.lower() or name.endswith("bias")} <= spared
-    assert {"organ_projection.weight_0", "text_projection.weight", "vision_model.blocks.0.mlp.linear1.weight"} <= decaying
+    assert {
+        "organ_projection.weight_0",
+        "text_projection.weight",
+        "vision_model.blocks.0.mlp.linear1.weight",
+    } <= decaying
     everywhere = tiny_trainer(tmp_path, ROWS, weight_decay_everywhere=True)
     assert set(everywhere.get_decay_parameter_names(everywhere.model)) == names
 

@@ -63,7 +63,10 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one(two, tmp_path, name
     if name == "nothing to contrast":
         assert log[0]["loss"] == 0 and not any(gradient.any() for gradient in gradients.values())
     else:
-        assert log[0]["loss"] > 0 and all(gradient.any() for gradient in gradients.values())
+        assert log[0]["loss"] > 0
+        # An organ that did not enter leaves its own projection without a gradient, and nothing else.
+        still = [parameter for parameter, gradient in gradients.items() if not gradient.any()]
+        assert all(parameter.startswith("organ_projection.") for parameter in still), still
 
 
 def test_two_processes_resume_in_the_middle_of_an_epoch(two):

@@ -3,14 +3,16 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 from datasets import Dataset
-from evaluation_samples import ORGANS, TASK, tiny_dataset, tiny_model, tiny_rows, tiny_tokenizer
+from evaluation_samples import ORGANS, TASK, tiny_dataset, tiny_model, tiny_rows, tiny_tokenizer, write_tiny_split
 from safetensors.torch import load_file
 from transformers import BertTokenizer
 
+import eval_fvlm
 from evaluation_fvlm.embedding import embed_split
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.split import select_scans
@@ -19,11 +21,11 @@ from evaluation_fvlm.windows import Window, WindowRule, organ_boxes, organ_windo
 from evaluation_fvlm.zero_shot import evaluate_split, pair_probability
 from modeling_fvlm import FVLMConfig, FVLMModel
 from modeling_fvlm.geometry import AIR_HU, window_volume
-from modeling_fvlm.pipeline_fvlm import FVLMZeroShotPipeline
+from modeling_fvlm.pipeline_fvlm import FVLMZeroShotPipeline, save_for_hub
 from modeling_fvlm.processed_split import decode_volume, encode_array
 from modeling_fvlm.processing_fvlm import FVLMProcessor
 from modeling_fvlm.reading import Volume
-from training_fvlm.convert import convert_published_state_dict
+from training_fvlm.published_weights import convert_published_state_dict
 
 RULE = WindowRule((4, 12, 32), (2, 4, 8))
 
@@ -265,8 +267,11 @@ def test_embeddings_that_are_not_finite_are_no_absent_organs(task):
         evaluate_split(model, tiny_tokenizer(), tiny_dataset(), [task])
 
 
-def test_published_evaluation_gives_the_published_probabilities(shared_dir):
-    """The authors' evaluate() on two volumes larger and smaller than the window, with released-style weights."""
+def test_published_protocol_gives_the_published_result_file(shared_dir, tmp_path, monkeypatch):
+    """The authors' evaluate() on two volumes larger and smaller than the window, with released-style weights.
+
+    Ours goes the whole way: a saved model, a split on disk, and the command with nothing but `--protocol published`.
+    """
     import nibabel
 
     folder = shared_dir / "golden" / "tiny-zeroshot"
@@ -291,9 +296,12 @@ def test_published_evaluation_gives_the_published_probabilities(shared_dir):
     model = FVLMModel(config)
     model.load_state_dict(convert_published_state_dict(load_file(folder / "weights.safetensors"), config))
     tokenizer = BertTokenizer(vocab={word: n for n, word in enumerate(vocabulary)})
+    save_for_hub(model, FVLMProcessor.from_config(config, tokenizer), tmp_path / "model")
+    task = load_task("ct_rate_16")
+    assert [[i.organ, i.finding, *i.negative, *i.positive] for i in task.items] == outputs["test_items"]
 
     rows = []
-    for name in (name.removesuffix(".nii.gz") for name in outputs["order_of_volumes"]):
+    for value, name in enumerate(name.removesuffix(".nii.gz") for name in outputs["order_of_volumes"]):
         image, mask = (
             np.asarray(nibabel.load(folder / f"{name}.{kind}.nii.gz").dataobj) for kind in ("images", "masks")
         )
@@ -303,16 +311,33 @@ def test_published_evaluation_gives_the_published_probabilities(shared_dir):
                 "volume": encode_array(np.rint(image * 255).astype(np.int16)),
                 "mask": encode_array(mask.astype(np.uint8)),
             }
-            | {"shape": image.shape, "spacing": [1.0] * 3, "labels": [{"finding": "Emphysema", "value": 1}]}
+            | {"shape": image.shape, "spacing": [1.0] * 3}
+            | {"labels": [{"finding": finding, "value": value} for finding in task.findings]}
         )
-    task = load_task("ct_rate_16")
-    assert [[i.organ, i.finding, *i.negative, *i.positive] for i in task.items] == outputs["test_items"]
+    organ_set = {"name": "chest_4", "organs": golden["organs"], "classes": {}}
+    write_tiny_split(tmp_path / "data", rows, organ_set=organ_set, spacing=[1.0] * 3)
 
-    rule = WindowRule(tuple(golden["roi_size"]), (16, 16, 32), published=True)
-    frame = evaluate_split(model, tokenizer, Dataset.from_list(rows), [task], batch_size=1, rule=rule).frame
-    for row, expected in zip(rows, outputs["csv_rows"]):
-        scores = frame[frame["recon_id"] == row["recon_id"]]["score"].to_numpy()
-        columns = [f"{i.organ}_{i.finding}_{i.negative[0]}_{i.positive[0]}" for i in task.items]
-        wanted = np.array([expected.get(column) or np.nan for column in columns], float)
-        np.testing.assert_allclose(scores, wanted, atol=2e-6)
-    assert frame["score"].isna().sum() == 1  # the aorta of one volume is absent
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    places = ["--model", tmp_path / "model", "--data", tmp_path / "data", "--out", tmp_path / "out"]
+    command = [*map(str, places), "--protocol", "published", "--device", "cpu", "--batch_size", "1"]
+    assert eval_fvlm.main(command) == 0
+    ours, theirs = (
+        pd.read_csv(path, dtype=str, keep_default_na=False)
+        for path in (tmp_path / "out" / "published_scores.csv", folder / "result.csv")
+    )
+    assert ours.columns.tolist() == theirs.columns.tolist()
+    assert ours["file_name"].tolist() == theirs["file_name"].tolist()
+    ours, theirs = (table.iloc[:, 1:].replace("", "nan").to_numpy(float) for table in (ours, theirs))
+    assert np.isnan(theirs).sum() == 1  # the aorta of one volume is absent: an empty cell, in both
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["protocol"]["windows"]["size"] == golden["roi_size"]
+    assert metrics["protocol"]["windows"]["rule"] == "published"
+    assert metrics["protocol"]["set_by"] == dict.fromkeys(
+        ["tasks", "level", "window_size", "published_windows"], "protocol"
+    )
+    # The absent aorta is that of the only positive volume: left out by our metrics, a sure "no" by the published ones.
+    assert metrics["per_finding"]["Arterial wall calcification"]["auc"] is None
+    assert metrics["published"]["per_finding"]["Arterial wall calcification"]["auc"] == 0.0
+    assert metrics["published"]["num_nan_as_zero"] == 1

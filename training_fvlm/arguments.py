@@ -20,7 +20,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from transformers import CONFIG_MAPPING, AutoConfig, HfArgumentParser, TrainingArguments
@@ -75,6 +75,15 @@ class DataArguments:
     data_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the data set, when --data is a Hub id."}
     )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start from a folder that `python -m training_fvlm.convert` or an earlier training wrote: its "
+            "architecture, weights, text encoder and tokenizer. Organs must be the split's (another order is brought "
+            "into line by name). The model section may then change only what holds no weights: dropouts, limits of the "
+            "temperature, organ_reduction, completeness, windows and the like."
+        },
+    )
     train_split: str = field(default="train", metadata={"help": "Name of the split to train on."})
     eval_split: str = field(
         default="validation", metadata={"help": "Name of the split to evaluate on (see --eval_strategy)."}
@@ -125,7 +134,8 @@ class DataArguments:
         default_factory=list,
         metadata={
             "help": "Prompt sets (hub_configs/prompts) whose zero-shot macro AUC on the evaluation split is logged at "
-            "each evaluation."
+            "each evaluation. The first process scores them alone and the others wait for it: with several, keep it "
+            "below --ddp_timeout seconds (1800) with --max_eval_rows, or raise that."
         },
     )
 
@@ -142,6 +152,11 @@ class DataArguments:
                 raise SettingsError(f"--{name} {getattr(self, name)} must be at least 1.")
         if self.centring_rows < 0 or self.centring_rows == 1:
             raise SettingsError(f"--centring_rows {self.centring_rows} must be 0 (off) or at least 2.")
+        if self.init_from is not None and self.centring_rows:
+            raise SettingsError(
+                f"--centring_rows {self.centring_rows} is for fresh projections and would undo those of --init_from "
+                f"{self.init_from}: add --centring_rows 0."
+            )
         if "width" in self.flip_axes:
             logger.warning("--flip_axes width mirrors patients: captions that say left or right become wrong.")
 
@@ -159,6 +174,31 @@ class FVLMTrainingArguments(TrainingArguments):
             "temperature are left alone."
         },
     )
+    skip_inactive_organs: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave the projections of organs that did not enter an optimizer step untouched by it, and "
+            "everything if no organ did, as the published run. Off: weight decay and momentum move them all the same."
+        },
+    )
+    published_gradient_scale: bool = field(
+        default=False,
+        metadata={
+            "help": "With W processes divide every gradient by W, but not the temperature's, as the published run: it "
+            "gathered without a gradient. Off: the gradient of one process with the whole batch. One process: no "
+            "difference."
+        },
+    )
+    lr_schedule: Literal["trainer", "published"] = field(
+        default="trainer",
+        metadata={
+            "help": "`trainer` takes --lr_scheduler_type; `published` rises linearly from --warmup_start_lr over "
+            "--warmup_steps within the first epoch, then falls to --min_lr by a cosine that is constant within an "
+            "epoch, over --num_train_epochs (also if --max_steps ends the run earlier)."
+        },
+    )
+    warmup_start_lr: float = field(default=1e-6, metadata={"help": "First learning rate of --lr_schedule published."})
+    min_lr: float = field(default=1e-6, metadata={"help": "Where the cosine of --lr_schedule published ends."})
     logging_steps: float = field(
         default=20, metadata={"help": "Optimizer steps per log line and per row of organ_losses.csv. Trainer: 500."}
     )
@@ -203,7 +243,10 @@ class FVLMTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise SettingsError("--output_dir is missing: the folder for checkpoints, losses and the final model.")
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # bf16 without a GPU, a strategy without its steps ...
+            raise SettingsError(str(error)) from error
         if self.remove_unused_columns or not self.dataloader_drop_last:
             raise SettingsError(
                 "--remove_unused_columns must be off and --dataloader_drop_last on: the collator reads every column, "
@@ -211,6 +254,17 @@ class FVLMTrainingArguments(TrainingArguments):
             )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise SettingsError(f"--train_sampling_strategy {self.train_sampling_strategy} is not for volumes: random.")
+        if self.lr_schedule not in ("trainer", "published"):  # a recipe's value passes by the choices
+            raise SettingsError(f"--lr_schedule {self.lr_schedule!r} must be trainer or published.")
+        if self.lr_schedule == "published" and not (
+            0 <= self.warmup_start_lr <= self.learning_rate and 0 <= self.min_lr <= self.learning_rate
+        ):
+            raise SettingsError(
+                f"--warmup_start_lr {self.warmup_start_lr} and --min_lr {self.min_lr} must lie in [0, --learning_rate "
+                f"{self.learning_rate}]."
+            )
+        if self.lr_schedule == "published" and self.learning_rate == 0:
+            raise SettingsError("--learning_rate 0 leaves --lr_schedule published nothing to rise to.")
         if self.group_size < 2:
             raise SettingsError(
                 "--per_device_train_batch_size 1 on one process contrasts a patient with nobody: use at least 2."
@@ -289,7 +343,7 @@ def parse_settings(argv: Sequence[str], description: str) -> Settings:
     for path, value in model_overrides:
         _set_nested(model, path, value)
     # (3)
-    _check_model_names(model)
+    _check_model_names(model, needs_text_encoder=data.init_from is None)
     training.resume_from_checkpoint = _checkpoint_to_resume(training)
     # (4)
     _check_combinations(data, training, model)
@@ -369,18 +423,18 @@ def _set_nested(section: dict[str, Any], path: list[str], value: Any) -> None:
     section[path[-1]] = value
 
 
-def _own_fields(config_class: type) -> list[str]:
+def own_fields(config_class: type) -> list[str]:
     """Names a config class declares itself, without the many every PreTrainedConfig inherits."""
     return list(inspect.get_annotations(config_class))
 
 
 def model_fields() -> list[str]:
     """Names the model section may hold."""
-    own = [name for name in _own_fields(FVLMConfig) if name not in DERIVED_MODEL_KEYS]
+    own = [name for name in own_fields(FVLMConfig) if name not in DERIVED_MODEL_KEYS]
     return [*own, "text_encoder"]
 
 
-def _check_model_names(model: dict[str, Any]) -> None:
+def _check_model_names(model: dict[str, Any], needs_text_encoder: bool = True) -> None:
     """Refuse names the configs do not have: they would be taken as silent extra attributes."""
     for name in DERIVED_MODEL_KEYS:
         if name in model:
@@ -390,7 +444,9 @@ def _check_model_names(model: dict[str, Any]) -> None:
             )
     refuse_unknown(model, model_fields(), "the model section")
     vision = model.setdefault("vision_config", {})
-    refuse_unknown(vision, _own_fields(FVLMVisionConfig), "model.vision_config")
+    refuse_unknown(vision, own_fields(FVLMVisionConfig), "model.vision_config")
+    if not needs_text_encoder and not model.get("text_encoder"):
+        return
     text = model.setdefault("text_encoder", {})
     refuse_unknown(text, TEXT_ENCODER_KEYS, "model.text_encoder")
     if ("from_scratch" in text) == ("pretrained" in text):
@@ -423,6 +479,8 @@ def _check_combinations(data: DataArguments, training: FVLMTrainingArguments, mo
         )
     if data.eval_tasks and training.eval_strategy == "no":
         raise SettingsError("--eval_tasks without --eval_strategy steps or epoch would never be scored.")
+    if data.init_from is not None:
+        return  # the folder's config and the model section make the model together (start.py)
     # The config checks every size by itself; organs and text stand in here for those the data and the encoder bring.
     build_config(model, organs=["organ"], organ_classes={}, text_config={"model_type": "bert"})
 
@@ -480,7 +538,7 @@ def _model_help() -> str:
     """Tell which names `--model.NAME VALUE` takes, from the configs themselves."""
     entries = {
         "--model.NAME VALUE": ", ".join(model_fields()),
-        "--model.vision_config.NAME VALUE": ", ".join(_own_fields(FVLMVisionConfig)),
+        "--model.vision_config.NAME VALUE": ", ".join(own_fields(FVLMVisionConfig)),
         "--model.text_encoder.from_scratch.NAME VALUE": "fields of the text config, BERT by default",
         "--model.text_encoder.pretrained NAME": "folder or Hub id of a text encoder whose weights are kept",
     }

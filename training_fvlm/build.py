@@ -17,6 +17,7 @@ from .arguments import SettingsError, build_config, has_auto_windows
 from .collator import FVLMCollator
 from .data import ProcessedSplit, SplitDescription
 from .embed import embed
+from .start import Start
 from .text import load_text_encoder, put_text_encoder, text_config_from_scratch, train_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -29,10 +30,11 @@ def build_model(
     *,
     window_volumes: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    start: Start | None = None,
 ) -> tuple[FVLMModel, FVLMProcessor]:
-    """Make the model that a recipe's model section asks for, with fresh weights (or a pretrained text encoder).
+    """Make the model that a recipe's model section asks for, with fresh weights, or from the folder of `start`.
 
-    Weights come from torch's global generator: seed it first.
+    Fresh weights come from torch's global generator: seed it first.
 
     Args:
         model: The model section, checked against the split (`check_against_recipe`).
@@ -40,14 +42,18 @@ def build_model(
         dataset: Training rows: captions for a fresh tokenizer, volumes for windows that read `auto`.
         window_volumes: Volumes measured for those.
         tokenizer: Tokenizer of a run that is resumed; None: made here.
+        start: Folder whose weights, architecture and tokenizer are taken; its model section is read, not `model`.
 
     Returns:
         The model and the processor to save beside it.
     """
-    text = model["text_encoder"]
+    model = model if start is None else start.model
     max_text_length = build_config(model, text_config={"model_type": "bert"}, organs=["organ"]).max_text_length
     pretrained = None
-    if "pretrained" in text:
+    if start is not None:
+        tokenizer = tokenizer or start.tokenizer
+        text_config = start.config.text_config.to_dict()
+    elif "pretrained" in (text := model["text_encoder"]):
         own_tokenizer, pretrained = load_text_encoder(text["pretrained"], text.get("revision"))
         text_config = pretrained.config.to_dict()
         if Path(text["pretrained"]).is_dir():
@@ -68,6 +74,7 @@ def build_model(
         "organ_classes": description.organ_classes,
         "spacing": list(description.spacing),
         "margin_voxels": list(description.margin_voxels),
+        "preprocessing": description.preprocessing,
         "text_config": text_config,
     }
     config = build_config(model, **given)
@@ -76,7 +83,7 @@ def build_model(
         config = build_config({**model, "windows": measured}, **given)
         logger.info("windows measured on %d volumes: %s", min(window_volumes, len(dataset)), measured)
 
-    fvlm = FVLMModel(config)
+    fvlm = FVLMModel(config) if start is None else start.load(config)
     if pretrained is not None:
         put_text_encoder(fvlm.text_model, pretrained)
     return fvlm, FVLMProcessor.from_config(config, tokenizer)

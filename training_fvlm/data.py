@@ -34,6 +34,7 @@ class SplitDescription:
         organ_classes: For each organ the TotalSegmentator classes it is made of, per numbering.
         spacing: mm between voxel centres along (depth, height, width).
         margin_voxels: Margin left around the organs' box, voxels along (depth, height, width).
+        preprocessing: "standard" or "published"; splits from before there was a choice are standard.
     """
 
     organ_set: str
@@ -41,6 +42,7 @@ class SplitDescription:
     organ_classes: dict[str, Any]
     spacing: tuple[float, ...]
     margin_voxels: tuple[int, ...]
+    preprocessing: str = "standard"
 
 
 def read_description(data: str, revision: str | None = None) -> SplitDescription:
@@ -61,13 +63,14 @@ def read_description(data: str, revision: str | None = None) -> SplitDescription
         organ_classes=organ_set.get("classes", {}),
         spacing=tuple(settings["spacing"]),
         margin_voxels=tuple(settings["margin_voxels"]),
+        preprocessing=settings.get("preprocessing", "standard"),
     )
 
 
 def check_against_recipe(description: SplitDescription, model: dict[str, Any], data: str) -> None:
-    """Refuse a recipe that names other organs, spacing or margin than the split was built with.
+    """Refuse a recipe that names other organs, spacing, margin or preprocessing than the split was built with.
 
-    Both travel with the weights, and a scan at inference is prepared by them: a model that says one thing and was
+    All travel with the weights, and a scan at inference is prepared by them: a model that says one thing and was
     trained on another would be wrong in silence.
     """
     if model.get("organ_set") is not None:
@@ -93,6 +96,13 @@ def check_against_recipe(description: SplitDescription, model: dict[str, Any], d
                 f"the recipe's {name} {tuple(asked)} {unit} is not the split's {built} {unit} (depth, height, width). "
                 f"Leave model.{name} out to take the split's, or build {data} again."
             )
+    # Never taken from the split: who trains on the published faults should have asked for them.
+    asked = model.get("preprocessing", "standard")
+    if asked != description.preprocessing:
+        raise SettingsError(
+            f"the recipe's preprocessing is '{asked}', the split's is '{description.preprocessing}'. Train with "
+            f"--model.preprocessing {description.preprocessing}, or build {data} again with --preprocessing {asked}."
+        )
 
 
 def load_split(data: str, split: str, *, revision: str | None = None, max_rows: int | None = None) -> datasets.Dataset:

@@ -5,6 +5,8 @@ under DistributedDataParallel, which averages gradients over W ranks, every grad
 (FVLM oddity 8). Here the backward pass SUMS the gradients all ranks hold for a rank's slice. Every rank computes the
 same loss over the same gathered batch, so that sum is W times the single-process gradient, and DDP's average takes
 the W away again: no factor is needed, neither on the loss nor on the temperature.
+
+The published run is reproduced by `keeps_other_ranks=False`: the backward pass then takes a rank's own gradient alone.
 """
 
 import torch
@@ -18,31 +20,34 @@ def is_distributed() -> bool:
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """All-gather along the first axis; backward is a sum over ranks and the own slice of it."""
+    """All-gather along the first axis; backward is a sum over ranks (or not) and the own slice of it."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
-        ctx.length = len(tensor)
+    def forward(ctx, tensor: Tensor, keeps_other_ranks: bool) -> Tensor:
+        ctx.length, ctx.keeps_other_ranks = len(tensor), keeps_other_ranks
         return _all_gather(tensor)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous().clone()  # all_reduce writes in place, and autograd may still hold it
-        dist.all_reduce(gradient)
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        if ctx.keeps_other_ranks:
+            gradient = gradient.contiguous().clone()  # all_reduce writes in place, and autograd may still hold it
+            dist.all_reduce(gradient)
         start = dist.get_rank() * ctx.length
-        return gradient[start : start + ctx.length]
+        return gradient[start : start + ctx.length], None
 
 
-def gather_with_gradient(tensor: Tensor) -> Tensor:
+def gather_with_gradient(tensor: Tensor, keeps_other_ranks: bool = True) -> Tensor:
     """Concatenate `tensor` of all ranks along its first axis, in rank order, keeping the gradient.
 
     Args:
         tensor: Float tensor `(batch, ...)` of the same shape on every rank.
+        keeps_other_ranks: Add the gradients that other ranks hold for this rank's slice. False: as published, 1/W of
+            the gradient after DDP's average.
 
     Returns:
         `(ranks * batch, ...)`, the same on every rank; the tensor itself when there is one process.
     """
-    return _GatherWithGradient.apply(tensor) if is_distributed() else tensor
+    return _GatherWithGradient.apply(tensor, keeps_other_ranks) if is_distributed() else tensor
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def render_card(
         train_rows, eval_rows: Last losses of each organ (`organ_losses.last_rows`); evaluation may be empty.
         final_metrics: Numbers of the last evaluation, for the zero-shot lines.
     """
-    vision, training = config.vision_config, run["training"]
+    training = run["training"]
     card = [
         "---",
         "license: apache-2.0",
@@ -45,40 +45,11 @@ def render_card(
         f"{len(config.organs)} organs of a CT with sentences about that organ. It was trained on pairs of an organ and "
         "the caption a report gives it, without labels (Shui et al., ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D).",
         "",
-        "## Use",
-        "",
-        "```python",
-        "from transformers import AutoModel, AutoProcessor",
-        "",
-        'model = AutoModel.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True)',
-        'processor = AutoProcessor.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True)',
-        'inputs = processor(volumes=["ct.nii.gz"], masks=["totalsegmentator.nii.gz"])',
-        "organs = model.get_organ_features(**inputs)",
-        "organs.image_embeds  # (1, organs, projection_dim), unit length, in the order below",
-        "```",
-        "",
-        "## Preprocessing",
-        "",
-        "The processor does all of this; the numbers are part of the weights.",
-        "",
-        *_table(
-            ("what", "value"),
-            [
-                ("axis order", "(depth, height, width), LPS: depth to superior, height to posterior, width to left"),
-                ("spacing", f"{_edges(config.spacing)} mm along (depth, height, width)"),
-                ("margin around the organs' box", f"{_edges(config.margin_voxels)} voxels"),
-                ("crop", f"{_edges(vision.volume_size)} voxels, patches of {_edges(vision.patch_size)}"),
-                ("patches read", "those that hold an organ" if vision.token_selection == "organs" else "all"),
-                *((f"HU window {number}", _window(window)) for number, window in enumerate(config.windows, start=1)),
-                ("text", f"{config.text_config.model_type}, at most {config.max_text_length} tokens"),
-            ],
-        ),
-        "",
-        f"Organs (set `{config.organ_set}`): {', '.join(config.organs)}.",
-        "",
+        *usage(),
+        *preprocessing(config),
         "## Training",
         "",
-        *_table(
+        *table(
             ("what", "value"),
             [
                 ("recipe", _recipe(run["recipe"])),
@@ -112,7 +83,50 @@ def render_card(
     return "\n".join(card)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def usage() -> list[str]:
+    """The section that says how to load model and processor."""
+    return [
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModel, AutoProcessor",
+        "",
+        'model = AutoModel.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True)',
+        'processor = AutoProcessor.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True)',
+        'inputs = processor(volumes=["ct.nii.gz"], masks=["totalsegmentator.nii.gz"])',
+        "organs = model.get_organ_features(**inputs)",
+        "organs.image_embeds  # (1, organs, projection_dim), unit length, in the order below",
+        "```",
+        "",
+    ]
+
+
+def preprocessing(config: FVLMConfig) -> list[str]:
+    """The section that says what the processor does, and the organs."""
+    vision = config.vision_config
+    rows = [
+        ("axis order", "(depth, height, width), LPS: depth to superior, height to posterior, width to left"),
+        ("spacing", f"{_edges(config.spacing)} mm along (depth, height, width)"),
+        ("margin around the organs' box", f"{_edges(config.margin_voxels)} voxels"),
+        ("crop", f"{_edges(vision.volume_size)} voxels, patches of {_edges(vision.patch_size)}"),
+        ("patches read", "those that hold an organ" if vision.token_selection == "organs" else "all"),
+        *((f"HU window {number}", _window(window)) for number, window in enumerate(config.windows, start=1)),
+        ("text", f"{config.text_config.model_type}, at most {config.max_text_length} tokens"),
+    ]
+    return [
+        "## Preprocessing",
+        "",
+        "The processor does all of this; the numbers are part of the weights.",
+        "",
+        *table(("what", "value"), rows),
+        "",
+        f"Organs (set `{config.organ_set}`): {', '.join(config.organs)}.",
+        "",
+    ]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
@@ -152,7 +166,7 @@ def _loss_table(
         row, held_out = train_rows.get(organ), eval_rows.get(organ)
         numbers = [f"{value:.3f}" for value in (row.loss, row.chance, row.floor)] if row else ["never active", "", ""]
         rows.append((organ, *numbers, f"{held_out.loss:.3f}" if held_out else ""))
-    return text + _table(("organ", "training loss", "chance", "floor", "evaluation loss"), rows)
+    return text + table(("organ", "training loss", "chance", "floor", "evaluation loss"), rows)
 
 
 def _zero_shot(metrics: dict[str, float]) -> list[str]:

@@ -1,14 +1,36 @@
 """The text side of a new model: a tokenizer learned from the captions, or a pretrained encoder with its own."""
 
+import inspect
+import pickle
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoModel, AutoTokenizer, BertTokenizerFast, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertTokenizerFast,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
 
 from .arguments import SettingsError
+from .checkpoint_file import listed
 
+logger = logging.get_logger(__name__)
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# A config that has these describes a BERT, whatever its model type is called.
+BERT_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+# Parts of a saved encoder that no caption reads.
+UNREAD_OF_ENCODER = ("pooler.", "embeddings.position_ids", "embeddings.token_type_ids")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
@@ -63,17 +85,98 @@ def text_config_from_scratch(
     }
 
 
+@dataclass(frozen=True)
+class PretrainedText:
+    """A text encoder as its makers left it.
+
+    Attributes:
+        tokenizer: Its tokenizer.
+        model: The encoder, without pooler and heads.
+        left_behind: Weights of the checkpoint that the encoder does not have: pooler, language-model and other heads.
+            (The constant `position_ids` of older releases is passed over by transformers and not listed.)
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    left_behind: list[str]
+
+
 def load_text_encoder(name: str, revision: str | None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and weights of a pretrained text encoder, a folder or a Hub id; safetensors only, never a pickle.
+    """Tokenizer and weights of a pretrained text encoder; see `read_text_encoder`."""
+    text = read_text_encoder(name, revision)
+    if text.left_behind:
+        logger.info("%s: not read by any caption: %s", name, ", ".join(text.left_behind))
+    return text.tokenizer, text.model
+
+
+def read_text_encoder(name: str, revision: str | None = None) -> PretrainedText:
+    """Load a pretrained text encoder, a folder or a Hub id, whole: no weight is missing, none of its own is left out.
+
+    Any encoder that transformers knows. One of another model type is taken as a BERT, if config and weights are a
+    BERT's: microsoft/BiomedVLP-CXR-BERT-specialized and microsoft/BiomedVLP-BioViL-T are BERTs under the type
+    "cxr-bert" (their extra heads serve joint training on X-rays). No code of the repository is run, and a pickle may
+    hold tensors only.
 
     Raises:
-        SettingsError: If there are none.
+        SettingsError: If there is no such encoder, or some weight of it is missing or of another shape.
     """
+    where = f"text encoder {name}"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        return tokenizer, AutoModel.from_pretrained(name, revision=revision, use_safetensors=True)
-    except OSError as error:
-        raise SettingsError(f"model.text_encoder.pretrained {name} cannot be loaded: {error}") from error
+        fields, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+        if not fields:
+            raise SettingsError(f"{where} cannot be loaded: there is no config.json.")
+        if fields.get("model_type") in CONFIG_MAPPING:
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        else:
+            config = _bert_config(fields, where)
+            tokenizer = BertTokenizerFast.from_pretrained(name, revision=revision)
+        model_class = AutoModel._model_mapping[type(config)]
+        has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
+        model, loading = model_class.from_pretrained(
+            name,
+            revision=revision,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **({"add_pooling_layer": False} if has_pooler else {}),
+        )
+    except SettingsError:
+        raise
+    # RuntimeError: shapes; UnpicklingError: code in a pickle; SafetensorError: a damaged file.
+    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "its weights are a damaged file, or a pickle that would run code"
+        raise SettingsError(f"{where} cannot be loaded: {reason}") from error
+
+    if missing := sorted(loading["missing_keys"]):
+        raise SettingsError(
+            f"{where} has no weights for {listed(missing)}: it is no whole {config.model_type} encoder."
+        )
+    left_behind = sorted(loading["unexpected_keys"])
+    base = f"{model.base_model_prefix}."
+    own = [
+        key for key in left_behind if key.startswith(base) and not key.removeprefix(base).startswith(UNREAD_OF_ENCODER)
+    ]
+    if own:
+        raise SettingsError(f"{where} has weights that a {config.model_type} encoder does not: {listed(own)}.")
+    if len(tokenizer) > config.vocab_size:
+        raise SettingsError(
+            f"{where}: its tokenizer has {len(tokenizer)} tokens, its word embeddings {config.vocab_size} rows."
+        )
+    return PretrainedText(tokenizer, model, left_behind)
+
+
+def _bert_config(fields: dict[str, Any], where: str) -> BertConfig:
+    """A BERT's config from one of a derived type: the fields a BERT has."""
+    if missing := [field for field in BERT_SIZES if field not in fields]:
+        raise SettingsError(
+            f"{where}: transformers does not know the model type {fields.get('model_type')!r}, and its config is not "
+            f"that of a BERT: it has no {listed(missing)}."
+        )
+    known = set(BertConfig().to_dict()) - {"model_type", "architectures", "transformers_version", "dtype"}
+    return BertConfig(**{field: value for field, value in fields.items() if field in known})
 
 
 def put_text_encoder(text_model: PreTrainedModel, pretrained: PreTrainedModel) -> None:

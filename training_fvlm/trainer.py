@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
@@ -25,6 +26,7 @@ from .data import EpochSampler, ProcessedSplit
 from .embed import embed
 from .gather import gather, gather_with_gradient
 from .organ_losses import EVAL_FILE, TRAIN_FILE, OrganLossFile, OrganLossRow, OrganLossWindow
+from .schedule import published_schedule
 
 # Kept from weight decay beside norms and biases: positions and the temperature are no weights of a linear map.
 NO_DECAY_NAMES = ("position", "temperature")
@@ -78,6 +80,7 @@ class FVLMTrainer(Trainer):
         organs = list(self.accelerator.unwrap_model(self.model).config.organs)
         self.window = OrganLossWindow(organs)
         self.temperature = math.nan
+        self.step_organs: list[Tensor] = []  # of each micro-batch since the last optimizer step: the active organs
         self.train_file = OrganLossFile(os.path.join(args.output_dir, TRAIN_FILE))
         self.eval_file = OrganLossFile(os.path.join(args.output_dir, EVAL_FILE))
         self.add_callback(_RunBookkeeping(self))
@@ -116,7 +119,10 @@ class FVLMTrainer(Trainer):
         # (1)
         outputs, caption_embeds, is_valid = embed(model, inputs)
         # (2) two collectives: embeddings with gradient, identities without
-        embeds = gather_with_gradient(torch.stack([outputs.image_embeds.float(), caption_embeds.float()], dim=2))
+        embeds = gather_with_gradient(
+            torch.stack([outputs.image_embeds.float(), caption_embeds.float()], dim=2),
+            keeps_other_ranks=not self.args.published_gradient_scale,
+        )
         identities = [inputs["caption_hash"], inputs["organ_is_abnormal"].long(), is_valid.long()]
         identities = gather(torch.stack(identities, dim=-1))
         caption_id, is_abnormal, is_valid = identities[..., 0], identities[..., 1].bool(), identities[..., 2].bool()
@@ -127,6 +133,7 @@ class FVLMTrainer(Trainer):
         )
         if model.training:
             self.window.add(organ_loss, embeds[:, :, 1], caption_id, is_abnormal, is_valid)
+            self.step_organs.append(organ_loss.organ_is_active)
             self.temperature = 1 / outputs.logit_scale.detach()
         return (organ_loss.loss, outputs) if return_outputs else organ_loss.loss
 
@@ -136,6 +143,44 @@ class FVLMTrainer(Trainer):
             return [name for name, _ in model.named_parameters()]
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not any(part in name for part in NO_DECAY_NAMES)]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """The Trainer's schedule, or the published one."""
+        if self.args.lr_schedule == "trainer":
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            args = self.args
+            self.lr_scheduler = published_schedule(
+                self.optimizer if optimizer is None else optimizer,
+                steps_per_epoch=self.steps_per_epoch(),
+                num_epochs=args.num_train_epochs,
+                peak_lr=args.learning_rate,
+                min_lr=args.min_lr,
+                warmup_start_lr=args.warmup_start_lr,
+                warmup_steps=args.get_warmup_steps(num_training_steps),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch. Its last, smaller batch is dropped; left-over micro-batches make a step."""
+        batches = len(self.train_dataset) // self.args.group_size
+        return max(math.ceil(batches / self.args.gradient_accumulation_steps), 1)
+
+    def forget_gradients_of_inactive_organs(self) -> None:
+        """Before an optimizer step: take from it the projections of organs that entered none of its micro-batches.
+
+        A gradient that is None is passed over by the optimizer; one that is zero is not, and weight decay and the
+        momentum of earlier steps go on. The organs are those of the global batch, so all ranks do the same.
+        """
+        is_active = torch.stack(self.step_organs).any(0).tolist()
+        model = self.accelerator.unwrap_model(self.model)
+        if not any(is_active):
+            model.zero_grad(set_to_none=True)
+        for is_active_organ, parameters in zip(is_active, model.organ_projection.organ_parameters(), strict=True):
+            if not is_active_organ:
+                for parameter in parameters:
+                    parameter.grad = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the organs' losses of the window to the Trainer's log line and to the CSV file."""
@@ -284,9 +329,15 @@ class _RunBookkeeping(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.window.clear()
+        self.trainer.step_organs.clear()
         if state.is_world_process_zero:
             self.trainer.train_file.keep_until(state.global_step)
             self.trainer.eval_file.keep_until(state.global_step)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if args.skip_inactive_organs:
+            self.trainer.forget_gradients_of_inactive_organs()
+        self.trainer.step_organs.clear()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate tells the sampler the epoch itself, but loses sight of it behind two wrappers: in the first epoch
