@@ -55,6 +55,16 @@ def read_run(run: str | Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarr
     return train, evaluated
 
 
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """What the runs are called in a figure: the last parts of their paths, as many as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return names
+
+
 def draw(run: str | Path, compare: str | Path | None = None, out: str | Path | None = None) -> Path:
     """Draw a run's curves, or two runs side by side.
 
@@ -70,9 +80,10 @@ def draw(run: str | Path, compare: str | Path | None = None, out: str | Path | N
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    runs = [(Path(folder), *read_run(folder)) for folder in (run, compare) if folder is not None]
+    folders = [Path(folder) for folder in (run, compare) if folder is not None]
+    runs = [(name, *read_run(folder)) for name, folder in zip(run_names(folders), folders)]
     organs = list(dict.fromkeys(organ for _, train, _ in runs for organ in train))
-    final = last_rows(OrganLossFile(runs[0][0] / TRAIN_FILE).read(), num_windows=5)
+    final = last_rows(OrganLossFile(folders[0] / TRAIN_FILE).read(), num_windows=5)
     # Legend and small plots from the organ that fell furthest below chance to the one that fell least.
     organs.sort(key=lambda organ: final[organ].loss - final[organ].chance if organ in final else math.inf)
     style_of = {organ: _style(number, len(organs)) for number, organ in enumerate(organs)}
@@ -85,8 +96,8 @@ def draw(run: str | Path, compare: str | Path | None = None, out: str | Path | N
     top, bottom = figure.subfigures(2, 1, height_ratios=heights)
 
     axes = top.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-    for axis, (folder, train, _) in zip(axes, runs):
-        _draw_overview(axis, folder.name, train, organs, style_of)
+    for axis, (name, train, _) in zip(axes, runs):
+        _draw_overview(axis, name, train, organs, style_of)
     axes[0].set_ylabel("contrastive loss (nats)")
     handles, labels = axes[0].get_legend_handles_labels()
     top.legend(handles, labels, loc="upper right", fontsize=8, title="furthest below chance first")
@@ -167,13 +178,13 @@ def _draw_overview(axis, title: str, train: dict[str, np.ndarray], organs: list[
 
 def _draw_organ(axis, organ: str, runs: list, style: dict) -> None:
     """One organ: training and evaluation loss of each run between its chance line and its floor."""
-    for number, (folder, train, evaluated) in enumerate(runs):
+    for number, (run_name, train, evaluated) in enumerate(runs):
         points = train.get(organ, np.empty((0, 4)))
         if not len(points):
             continue
         width = _smoothing_width(points)
         colour = style["color"] if number == 0 else "0.45"
-        name = folder.name if len(runs) > 1 else "training"
+        name = run_name if len(runs) > 1 else "training"
         marker = _marker(points)
         axis.plot(points[:, 0], smooth(points[:, 1], width), color=colour, linewidth=1.5, marker=marker, label=name)
         if len(evaluated.get(organ, ())):
