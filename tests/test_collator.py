@@ -233,6 +233,21 @@ def test_the_control_moves_all_captions_of_a_patient_and_keeps_none(split):
         assert mine["captions"] == theirs["captions"] and mine["volume"] != theirs["volume"]
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_giver_and_taker_of_captions_meet_in_a_batch_by_chance_alone(seed):
+    """In one batch a scan's true caption is a negative of it: then the control learns what it must not know, inverted."""
+    num_patients, batch_size = 400, 8
+    source = caption_rows_of_other_patients([f"p{number}" for number in range(num_patients)], seed)
+    sampler = EpochSampler(num_patients, seed)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        order = np.array([row for _, row in sampler])
+        batch_of = np.empty(num_patients, int)
+        batch_of[order] = np.arange(num_patients) // batch_size
+        met = (batch_of[source] == batch_of).sum()
+        assert met < 30, f"epoch {epoch}: {met} met, by chance {batch_size - 1}"
+
+
 def test_the_control_needs_two_patients():
     with pytest.raises(SettingsError, match="two patients"):
         caption_rows_of_other_patients(["a", "a"], seed=0)
