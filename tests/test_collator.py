@@ -235,7 +235,7 @@ def test_the_control_moves_all_captions_of_a_patient_and_keeps_none(split):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_giver_and_taker_of_captions_meet_in_a_batch_by_chance_alone(seed):
-    """In one batch a scan's true caption is a negative of it: then the control learns what it must not know, inverted."""
+    """In one batch the true caption of a scan is a negative of it: the control would learn the truth, inverted."""
     num_patients, batch_size = 400, 8
     source = caption_rows_of_other_patients([f"p{number}" for number in range(num_patients)], seed)
     sampler = EpochSampler(num_patients, seed)

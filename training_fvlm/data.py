@@ -136,7 +136,7 @@ def caption_rows_of_other_patients(patient_ids: list[str], seed: int) -> np.ndar
     if len(rows_of) < 2:
         raise SettingsError("--shuffle_captions needs at least two patients in the training split.")
     patients = list(rows_of)
-    # A stream of its own. `default_rng(seed)` is the stream of (seed, epoch 0), hence the order of the first epoch: giver
+    # A stream of its own: `default_rng(seed)` is that of (seed, epoch 0) and gives the order of the first epoch. Giver
     # and taker would meet in one batch, the true caption a negative of its own scan, and the control end below chance.
     order = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,))).permutation(len(patients))
     source = np.empty(len(patient_ids), dtype=np.int64)
