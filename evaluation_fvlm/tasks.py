@@ -2,7 +2,7 @@
 
 A task is data, not code (STYLE.md, section 9): every item names a finding as the split's label column spells it, the
 organ whose embedding is asked, and the sentences that assert and deny the finding. Sets that ship with the project lie
-in `hub_configs/prompts/`; a user's own file is named by its path.
+in `hub_configs/prompts/`; a user's own file is named by its path, and may leave out `version`, `source` and `changes`.
 
     name: my_findings
     version: 1
@@ -29,8 +29,14 @@ from modeling_fvlm.organs import nearest_name
 
 PROMPTS_DIR = Path(__file__).resolve().parent.parent / "hub_configs" / "prompts"
 
-_TASK_KEYS = {"name", "version", "source", "changes", "items"}
+_TASK_KEYS = {"name", "items"}
+_OPTIONAL_TASK_KEYS = {"version", "source", "changes"}  # the sets that ship have them all
 _ITEM_KEYS = {"finding", "organ", "positive", "negative"}
+_EXAMPLE = """It should look like
+
+    name: my_findings
+    items:
+      - {finding: "Splenomegaly", organ: "spleen", positive: "Splenomegaly.", negative: "No splenomegaly."}"""
 
 
 @dataclass(frozen=True)
@@ -130,11 +136,12 @@ def check_task_labels(task: Task, findings: Iterable[str]) -> list[str]:
 
 
 def _task_from_content(content: object, where: str) -> Task:
-    _check_keys(content, _TASK_KEYS, where)
-    version = content["version"]
+    _check_keys(content, _TASK_KEYS, where, _OPTIONAL_TASK_KEYS, _EXAMPLE)
+    version = content.get("version", 1)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise EvaluationError(f"{where}: version {version!r} must be a whole number from 1 on.")
-    if not isinstance(content["changes"], dict) or version not in content["changes"]:
+    changes = content.get("changes", {version: "first version"})
+    if not isinstance(changes, dict) or version not in changes:
         raise EvaluationError(
             f"{where}: changes must say what version {version} changed, as `changes: {{{version}: ...}}`."
         )
@@ -146,7 +153,7 @@ def _task_from_content(content: object, where: str) -> Task:
     repeated = sorted({finding for finding in findings if findings.count(finding) > 1})
     if repeated:
         raise EvaluationError(f"{where}: findings {repeated} appear more than once; keep one item each.")
-    name, source = (_text(content[key], key, where) for key in ("name", "source"))
+    name, source = _text(content["name"], "name", where), _text(content.get("source", "not stated"), "source", where)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise EvaluationError(
             f"{where}: name {name!r} becomes part of file names; spell it with letters, digits, _ and - only."
@@ -179,18 +186,21 @@ def _item_from_content(content: object, where: str) -> Item:
     return Item(finding, organ, positive, negative)
 
 
-def _check_keys(content: object, expected: set[str], where: str) -> None:
+def _check_keys(
+    content: object, expected: set[str], where: str, optional: Iterable[str] = (), example: str = ""
+) -> None:
     if not isinstance(content, dict):
         raise EvaluationError(
-            f"{where}: expected a mapping with the keys {sorted(expected)}, got {type(content).__name__}."
+            f"{where}: expected a mapping with the keys {sorted(expected)}, got {type(content).__name__}. {example}"
         )
+    known = sorted({*expected, *optional})
     for key in content:
-        if key not in expected:
-            hint = nearest_name(str(key), sorted(expected))
-            raise EvaluationError(f"{where}: unknown key '{key}'{hint}; the keys are {sorted(expected)}.")
+        if key not in known:
+            hint = nearest_name(str(key), known)
+            raise EvaluationError(f"{where}: unknown key '{key}'{hint}; the keys are {known}. {example}")
     missing = sorted(expected - set(content))
     if missing:
-        raise EvaluationError(f"{where}: the keys {missing} are missing.")
+        raise EvaluationError(f"{where}: the keys {missing} are missing. {example}")
 
 
 def _text(value: object, key: str, where: str) -> str:

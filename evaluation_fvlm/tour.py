@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run: Path = options.run
     metrics = json.loads((run / "eval" / "metrics.json").read_text(encoding="utf-8"))
+    steps = json.loads((run / "model" / "run.json").read_text(encoding="utf-8"))["steps"]
 
     # (1)
     pipe = pipeline("ct-zero-shot", model=str(run / "model"), trust_remote_code=True)
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     # (3)
     print(
         f"\nmacro AUC {metrics['macro_auc']:.3f} over {metrics['num_findings']} findings on {metrics['num_patients']} "
-        f"held-out patients, learned from captions alone\n\nLook at\n"
+        f"held-out patients, learned from captions alone in {steps:,} steps\n\nLook at\n"
         f"  {run / 'processed' / 'previews'}   what the network was given\n"
         f"  {run / 'model' / 'loss_curves.png'}   the loss of every organ against chance\n"
         f"  {run / 'eval'}   roc.png, auc_bars.png, scores.csv, metrics.json\n"

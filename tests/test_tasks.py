@@ -47,7 +47,8 @@ def test_digest_follows_what_moves_a_score(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"version": None}, r"the keys \['version'\] are missing"),
+        ({"items": None}, r"the keys \['items'\] are missing. It should look like"),
+        ({"findings": []}, r"unknown key 'findings'.*(?s:.*)positive: "),
         ({"version": "1"}, "version '1' must be a whole number"),
         ({"version": 2}, "changes must say what version 2 changed"),
         ({"sauce": "x"}, "unknown key 'sauce'; nearest: 'source'"),
@@ -70,6 +71,11 @@ def test_digest_follows_what_moves_a_score(tmp_path):
 def test_broken_task_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_task(written(tmp_path, **changes))
+
+
+def test_a_user_needs_a_name_and_items_alone(tmp_path):
+    task = load_task(written(tmp_path, version=None, source=None, changes=None))
+    assert (task.version, task.source, len(task.items)) == (1, "not stated", len(TASK["items"]))
 
 
 def test_bare_no_is_no_text(tmp_path):
@@ -104,6 +110,8 @@ def test_unknown_names_are_answered_with_the_nearest(tmp_path):
 def test_shipped_tasks_fit_their_organs(name, organ_set):
     task = load_task(name)
     assert task.name == name and name in available_tasks()
+    content = yaml.safe_load((HUB_CONFIGS / "prompts" / f"{name}.yaml").read_text())
+    assert {"version", "source", "changes"} <= set(content), "a shipped set says where it is from and what changed"
     check_task_organs(task, load_organ_set(organ_set).organs)
 
 
