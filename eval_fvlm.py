@@ -31,6 +31,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 
 from evaluation_fvlm.errors import EvaluationError
@@ -132,17 +133,67 @@ def load_model(path: str, revision: str | None, device: str) -> tuple[PreTrained
 
     Weights are float32 however they were saved, else a bfloat16 checkpoint would be scored in bfloat16 under the name
     of float32; `--dtype` casts from there.
+
+    Raises:
+        EvaluationError: If there is no model, or its weights are not those of its config: what is missing would be
+            filled with random numbers.
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise EvaluationError(
             f"{path} holds no config.json: it is no saved model. Give the folder that training wrote."
         )
     try:
-        model = FVLMModel.from_pretrained(path, revision=revision or "main", dtype=torch.float32)
+        model, info = FVLMModel.from_pretrained(
+            path,
+            revision=revision or "main",
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
         processor = FVLMProcessor.from_pretrained(path, revision=revision or "main")
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise EvaluationError(f"--model {path} cannot be loaded: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in info[kind]):
+            raise EvaluationError(
+                f"--model {path}: its weights are not those of its config.json: {kind.replace('_', ' ')} {names[:5]}"
+                f"{' ...' if len(names) > 5 else ''}. Convert or save it again."
+            )
     return model.eval().to(device), processor
+
+
+def level_name(level: str, settings: dict) -> str:
+    """What was counted, in words; `settings` as below."""
+    if level == "scan":
+        return "first reconstruction of every scan"
+    if holds_first_alone(settings):
+        return "first reconstruction of every scan (the split holds no other)"
+    return "every reconstruction"
+
+
+def holds_first_alone(settings: dict) -> bool:
+    """Whether a split was built with one reconstruction of every scan."""
+    return settings.get("options", {}).get("reconstructions") == "first"
+
+
+def protocol_warnings(args: argparse.Namespace, settings: dict) -> list[str]:
+    """What keeps the numbers of this command line from being what its protocol's name says.
+
+    Args:
+        settings: How the split was built, from its manifest.
+    """
+    warnings = []
+    if args.level == "reconstruction" and holds_first_alone(settings):
+        warnings.append(
+            f"--level reconstruction, but {args.data} was built with the first reconstruction of every scan alone. For "
+            "the published count build it with `python -m data_builders ct_rate --reconstructions all`."
+        )
+    if args.protocol == "published" and settings.get("preprocessing", "standard") == "standard":
+        warnings.append(
+            f"--protocol published, but {args.data} and the model are of preprocessing 'standard': the scans are not "
+            "those of the published evaluation. For these build and convert with `--preprocessing published`."
+        )
+    return warnings
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -165,6 +216,9 @@ def run(args: argparse.Namespace) -> dict:
     )
     manifest = read_manifest(args.data, args.data_revision)
     check_split_matches(manifest, model.config, args.data)
+    warnings = protocol_warnings(args, manifest["settings"])
+    for warning in warnings:  # before the long part, and with --quiet too
+        print(f"WARNING: {warning}", file=sys.stderr)
     dataset = select_scans(open_split(args.data, args.split, args.data_revision), args.level, args.limit)
 
     scores = evaluate_split(
@@ -189,8 +243,10 @@ def run(args: argparse.Namespace) -> dict:
             "revision": args.data_revision,
             "split": args.split,
             "preprocessing": manifest["settings"].get("preprocessing", "standard"),
+            "reconstructions": manifest["settings"].get("options", {}).get("reconstructions"),  # None: not told
         },
-        "level": "first reconstruction of every scan" if args.level == "scan" else "every reconstruction",
+        "level": level_name(args.level, manifest["settings"]),
+        "warnings": warnings,
         "limit": args.limit,
         "organs": {"set": model.config.organ_set, "names": list(model.config.organs)},
         "windows": window_protocol(rule, scores),

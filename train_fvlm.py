@@ -8,7 +8,8 @@ Four GPUs, a smaller projection, the control with captions shuffled between pati
         --data out/split --output_dir out/control --model.projection_dim 64 --shuffle_captions
 
 From published weights (or an earlier run's folder), with its architecture, text encoder and tokenizer:
-    python -m training_fvlm.convert --weights published.pth --vocab vocab.txt --out out/published
+    python -m training_fvlm.convert --weights published.pth --vocab vocab.txt --preprocessing published \\
+        --out out/published
     python train_fvlm.py --recipe published_chest_4 --init_from out/published --data out/split --output_dir out/run
 
 Continue a run that was stopped, exactly where its last checkpoint was:
@@ -52,6 +53,7 @@ from training_fvlm.data import (
 from training_fvlm.model_card import render_card
 from training_fvlm.organ_losses import last_rows
 from training_fvlm.start import read_start
+from training_fvlm.text import check_vocabulary
 from training_fvlm.trainer import FVLMTrainer
 
 logger = logging.get_logger("train_fvlm")
@@ -59,15 +61,17 @@ RUN_FILE = "run.json"
 PACKAGES = ("fvlm", "torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
 # An absolute path within a text: at its start, or behind white space, a quote, a bracket, a comma or `=`.
 ABSOLUTE_PATH = re.compile(r"""(?<![^\s=,'"(\[{])(?:file:/)?/[^\s,'")\]}]*""")
-# What the order of rows, the crops and the contrast hang on: where it stands in run.json, and the option that sets it.
-RESUMED_SETTINGS = {
-    "training.seed": "--seed",
-    "data_name": "--data",
-    "data.train_split": "--train_split",
-    "data.shuffle_captions": "--shuffle_captions",
-    "training.per_device_train_batch_size": "--per_device_train_batch_size",
-    "processes": "number of processes",
-}
+# What the order of rows, the crops, the contrast and the steps hang on, by the place in run.json. The number of steps
+# or epochs is not among them: a run may be made longer.
+RESUMED_SETTINGS = (
+    "data_name",
+    "processes",
+    *(f"data.{name}" for name in ("train_split", "max_train_rows", "shuffle_captions")),
+    *(f"data.{name}" for name in ("random_crop", "flip_axes", "flip_probability")),
+    *(f"training.{name}" for name in ("seed", "data_seed", "train_sampling_strategy", "per_device_train_batch_size")),
+    *(f"training.{name}" for name in ("gradient_accumulation_steps", "lr_schedule", "warmup_start_lr", "min_lr")),
+    *(f"training.{name}" for name in ("weight_decay_everywhere", "skip_inactive_organs", "published_gradient_scale")),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,7 +101,10 @@ def train(settings: Settings) -> None:
 
     # Model
     resumed = args.resume_from_checkpoint
-    tokenizer = AutoTokenizer.from_pretrained(resumed, trust_remote_code=True) if resumed else None
+    tokenizer = None
+    if resumed:
+        tokenizer = AutoTokenizer.from_pretrained(resumed)
+        check_vocabulary(tokenizer, f"--resume_from_checkpoint {resumed}")
     model, processor = build_model(
         settings.model, description, train_dataset, window_volumes=data.window_volumes, tokenizer=tokenizer, start=start
     )
@@ -153,11 +160,17 @@ def load_datasets(settings: Settings) -> tuple[ProcessedSplit, ProcessedSplit | 
         rows = load_split(data.data, data.train_split, revision=data.data_revision, max_rows=data.max_train_rows)
         eval_rows = None
         if args.eval_strategy != "no":
-            eval_rows = load_split(data.data, data.eval_split, revision=data.data_revision, max_rows=data.max_eval_rows)
+            try:
+                eval_rows = load_split(
+                    data.data, data.eval_split, revision=data.data_revision, max_rows=data.max_eval_rows
+                )
+            except SettingsError as error:
+                raise SettingsError(f"{error} To train without evaluation: --eval_strategy no.") from error
     if len(rows) < args.group_size:
         raise SettingsError(
             f"{data.data}, split {data.train_split}: {len(rows)} rows do not fill one batch of {args.group_size} "
-            "(--per_device_train_batch_size times processes)."
+            "(--per_device_train_batch_size times processes). Lower that, or give the split more training patients: a "
+            "smaller --validation_fraction when it is built, for instance."
         )
     caption_rows = None
     if data.shuffle_captions:
@@ -192,7 +205,10 @@ def zero_shot_evaluation(
         raise SettingsError(f"--eval_tasks: {error}") from error
 
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
-        frame = evaluate_split(model, processor, scans, tasks, batch_size=settings.training.eval_batch_size).frame
+        try:
+            frame = evaluate_split(model, processor, scans, tasks, batch_size=settings.training.eval_batch_size).frame
+        except EvaluationError as error:
+            raise SettingsError(f"--eval_tasks: {error}") from error
         scores = {task.name: summarize(frame[frame["task"] == task.name])["macro_auc"] for task in tasks}
         return {f"{name}_macro_auc": score for name, score in scores.items() if score is not None}
 
@@ -217,24 +233,18 @@ def check_same_model(config: FVLMConfig, checkpoint: str) -> None:
 def check_same_run(settings: Settings, checkpoint: str) -> None:
     """Refuse to resume with settings under which the steps to come would not be those of the run that was stopped.
 
-    The run's own settings stand in run.json beside its checkpoints; a folder without one is taken as it is.
+    The run's own settings stand in run.json beside its checkpoints; a folder without one is taken as it is, and so is
+    a setting that an older run.json does not hold.
     """
     path = Path(checkpoint).resolve().parent / RUN_FILE
     if not path.is_file():
         return
     saved = _flat(json.loads(path.read_text(encoding="utf-8")))
-    args, data = settings.training, settings.data
-    now = {
-        "training.seed": args.seed,
-        "data_name": data_name(data.data),
-        "data.train_split": data.train_split,
-        "data.shuffle_captions": data.shuffle_captions,
-        "training.per_device_train_batch_size": args.per_device_train_batch_size,
-        "processes": args.world_size,
-    }
+    now = _flat(json.loads(json.dumps(resolved_settings(settings), default=str)))
+    options = {"data_name": "--data", "processes": "number of processes"}
     differing = [
-        f"{option}: {now[name]!r} here, {saved[name]!r} there"
-        for name, option in RESUMED_SETTINGS.items()
+        f"{options.get(name) or '--' + name.partition('.')[2]}: {now[name]!r} here, {saved[name]!r} there"
+        for name in RESUMED_SETTINGS
         if name in saved and saved[name] != now[name]
     ]
     if differing:
@@ -263,9 +273,9 @@ def was_just_evaluated(trainer: FVLMTrainer) -> bool:
     return any("eval_loss" in line and line["step"] == trainer.state.global_step for line in trainer.state.log_history)
 
 
-def data_name(data: str) -> str:
-    """What a data set may be called in public: the last part of a folder, a Hub id as it is."""
-    return Path(data).resolve().name if Path(data).is_dir() else data
+def public_name(name: str) -> str:
+    """What a data set or model may be called in public: the last part of a folder, a Hub id as it is."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def package_version(name: str) -> str:
@@ -305,23 +315,37 @@ def without_folders(value: Any) -> Any:
     return ABSOLUTE_PATH.sub(lambda match: Path(match[0]).name, value)
 
 
+def resolved_settings(settings: Settings) -> dict[str, Any]:
+    """The entries of run.json that the settings make by themselves."""
+    return {
+        "data": asdict(settings.data),
+        "training": settings.training.to_sanitized_dict(),
+        "data_name": public_name(settings.data.data),
+        "processes": settings.training.world_size,
+    }
+
+
 def describe_run(settings: Settings, trainer: FVLMTrainer) -> dict[str, Any]:
     """Content of run.json: resolved settings, sizes, library versions and the command that made the run."""
     args = settings.training
     rows = {settings.data.train_split: len(trainer.train_dataset)}
     if trainer.eval_dataset is not None:
         rows[settings.data.eval_split] = len(trainer.eval_dataset)
+    # A folder to start from brings its text encoder: the recipe's is not read then.
+    init_from = settings.data.init_from
+    text_encoder = None if init_from else (settings.model.get("text_encoder") or {}).get("pretrained")
     run = {
         "command": public_command(settings.argv),
         "recipe": settings.recipe,
         "model": json.loads(trainer.model.config.to_json_string()),
-        "data": asdict(settings.data),
-        "training": args.to_sanitized_dict(),
-        "data_name": data_name(settings.data.data),
+        **resolved_settings(settings),
+        "started_from": {
+            "model": init_from and public_name(init_from),
+            "text encoder": text_encoder and public_name(text_encoder),
+        },
         "data_rows": rows,
         "num_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "group_size": args.group_size,
-        "processes": args.world_size,
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
         "precision": {"no": "fp32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision),
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},

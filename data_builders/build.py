@@ -29,7 +29,7 @@ from rich.table import Table
 from modeling_fvlm.configuration_fvlm import DEFAULT_WINDOW, FVLMConfig, FVLMVisionConfig
 from modeling_fvlm.geometry import AXES
 from modeling_fvlm.organs import OrganSet, load_organ_set, organ_label_table
-from modeling_fvlm.preparation import PreparedScan, prepare_scan
+from modeling_fvlm.preparation import PreparedScan, padding_hu, prepare_scan
 from modeling_fvlm.processed_split import encode_array
 from modeling_fvlm.published_preparation import as_stored, prepare_published_scan
 from modeling_fvlm.reading import read_affine, read_nifti, read_nifti_mask
@@ -50,6 +50,11 @@ from .shards import (
 )
 
 FORMAT_VERSION = 1  # up when the columns, or the meaning of one, change
+
+# Settings that came after the first builds, and what these were built with.
+LATER_SETTINGS = {"preprocessing": "standard"}
+# Published scans are padded for the published model: no other has seen such scans.
+PADDED_TO, PADDING_WINDOWS = FVLMVisionConfig.volume_size, (DEFAULT_WINDOW,)
 
 # Median HU that a healthy or a diseased organ can have. Outside of it the HU were probably rescaled wrongly, or the
 # mask was read with the wrong numbering or belongs to another scan: silent otherwise, and fatal for training.
@@ -99,6 +104,8 @@ class Settings:
             "lexicon": {"name": self.lexicon.name, "version": self.lexicon.version, "sha256": self.lexicon.sha256},
             "options": self.options,
         }
+        if self.preprocessing == "published":
+            content |= {"padded_to": PADDED_TO, "padding_hu": padding_hu(PADDING_WINDOWS, is_published=True)}
         return json.loads(json.dumps(content))
 
 
@@ -250,7 +257,7 @@ def read_scan(case: Case) -> PreparedScan:
     if _settings.preprocessing == "published":
         volume = as_stored(read_nifti, case.volume, read_affine(case.volume))
         mask = as_stored(read_nifti_mask, case.mask, read_affine(case.mask))
-        return prepare_published_scan(volume, mask, *geometry, FVLMVisionConfig.volume_size, [DEFAULT_WINDOW])
+        return prepare_published_scan(volume, mask, *geometry, PADDED_TO, PADDING_WINDOWS)
     return prepare_scan(read_nifti(case.volume), read_nifti_mask(case.mask), *geometry)
 
 
@@ -371,7 +378,7 @@ def continue_or_begin(folder: Path, identity: dict) -> None:
             raise ValueError(f"--out {folder} is a file; name a folder.")
     else:
         mend = "Name another --out, or delete that folder to build anew."
-        changed = differences(before.get("settings", {}), identity["settings"])
+        changed = differences({**LATER_SETTINGS, **before.get("settings", {})}, identity["settings"])
         if changed:
             raise ValueError(f"--out {folder} was begun with other settings ({'; '.join(changed)}). {mend}")
         if before.get("source_sha256") != identity["source_sha256"]:

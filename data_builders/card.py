@@ -152,7 +152,7 @@ def geometry_lines(settings: dict) -> list[str]:
             f"- Resampled towards {spacing} mm in that order, with the two spacings in the plane exchanged;",
             "  `spacing` in a row is the true one.",
             f"- Cut to the box of all organs with a margin of {margin} voxels below and one less above, then padded to",
-            "  the published crop.",
+            f"  {' x '.join(map(str, settings['padded_to']))} voxels with {settings['padding_hu']} HU.",
         ]
     return [
         "- Arrays are `(depth, height, width)` in LPS orientation: depth from feet to head, height from front to back,",

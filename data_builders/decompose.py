@@ -312,18 +312,20 @@ def caption_rows(
 ) -> list[dict]:
     """The column `captions`: one entry for every organ of the set, in its order.
 
-    An organ that is not spoken of has the normal caption, `is_mentioned` False and `is_abnormal` False.
+    An organ that is not spoken of, or in blanks alone, has the normal caption, `is_mentioned` False and `is_abnormal`
+    False.
 
     Args:
         organ_texts: Captions that the source brings itself; the report is then not decomposed.
-        published: Captions in the published form, abnormal by their beginning alone. Which sentences an organ gets is
+        published: Captions in the published form, abnormal by their beginning alone (so the "." of an empty entry is
+            abnormal, though nothing is said). Which sentences an organ gets is
             still this file's rule; the published ones come in as `organ_texts`, where `("",)` is an empty entry.
     """
     texts = decompose(findings, impression, organs, lexicon) if organ_texts is None else organ_texts
     rows = []
     for organ in organs:
         text = texts.get(organ, OrganText((), (), False))
-        is_mentioned = bool(text.impression or text.findings)
+        is_mentioned = any(sentence.strip() for sentence in (*text.impression, *text.findings))
         if published:  # no sentence is no entry there
             caption = compose_caption(organ, text.impression or None, text.findings or None, published=True)
         else:

@@ -214,11 +214,16 @@ def read_reports(path: Path, settings: Settings) -> dict[str, Report]:
             texts = {}
             for organ, said in entry["organs"].items():
                 if is_in_set(organ, f"{path.name}, {name}", settings):
-                    impression, findings = (tuple(said.get(key) or ()) for key in ("impression", "findings"))
+                    impression, findings = (as_sentences(said.get(key)) for key in ("impression", "findings"))
                     abnormal = said.get("abnormal")
                     texts[organ] = organ_text(impression, findings, abnormal, settings)
         reports[name] = Report(str(entry.get("findings") or ""), str(entry.get("impression") or ""), texts)
     return reports
+
+
+def as_sentences(said: str | Sequence[str] | None) -> tuple[str, ...]:
+    """What a report's JSON says of an organ: a list of sentences, or one text."""
+    return (said,) if isinstance(said, str) else tuple(said or ())
 
 
 def organ_text(

@@ -34,6 +34,7 @@ from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.tasks import Task
 from modeling_fvlm.organs import nearest_name
 
+LONGEST_CELL = 60  # characters of a cell that a message shows
 FILE_COLUMN = "file_name"  # of a result file
 VOLUME_COLUMN = "VolumeName"  # of CT-RATE's label files
 METRICS = {  # key -> heading of the table
@@ -71,8 +72,9 @@ def published_finding_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
         labels: `(volumes,)`, 1 or 0; NaN where unknown: such a volume is left out (the published labels have none).
 
     Returns:
-        The keys of `METRICS` and threshold (all None where a class is missing, with `reason`; the published code stops
-        there), positives, negatives, num_nan_as_zero and num_unknown_labels.
+        The keys of `METRICS` and threshold (all None where a class is missing or no volume has a score, with `reason`;
+        the published code stops at the first and measures zeros at the second), positives, negatives, num_nan_as_zero
+        and num_unknown_labels.
     """
     scores, labels = np.asarray(scores, float), np.asarray(labels, float)
     known = ~np.isnan(labels)
@@ -86,8 +88,10 @@ def published_finding_metrics(scores: np.ndarray, labels: np.ndarray) -> dict:
         "num_nan_as_zero": int(absent.sum()),
         "num_unknown_labels": int((~known).sum()),
     }
-    if positives == 0 or positives == len(labels):
+    if positives == 0 or positives == len(labels) or absent.all():
         missing = "no volume" if not len(labels) else "no positive volume" if positives == 0 else "no negative volume"
+        if len(labels) and absent.all():
+            missing = "no volume with a score"
         reason = f"{missing} among the {len(labels)} labelled"
         return dict.fromkeys([*METRICS, "threshold"]) | counts | {"reason": reason}
     threshold = published_threshold(scores, labels)
@@ -146,6 +150,11 @@ def format_published_table(summary: dict) -> str:
     figures = " ".join(" none " if averages[name] is None else f"{averages[name]:6.3f}" for name in METRICS)
     lines.append(f"{'average':<{width}}  {figures}")
     lines.append(f"{summary['num_volumes']} volumes; {summary['num_nan_as_zero']} {ABSENT_FAULT}; {THRESHOLD_FAULT}")
+    if left_out := summary.get("labelled_without_scores"):
+        lines.append(
+            f"labelled, but without scores: {left_out['num_volumes']} volumes, {len(left_out['findings'])} findings "
+            f"{[shortened(finding) for finding in left_out['findings'][:3]]}"
+        )
     return "\n".join(lines)
 
 
@@ -173,7 +182,8 @@ def read_published_files(scores: Path, labels: Path) -> pd.DataFrame:
 
     Args:
         scores: CSV with `file_name` and columns `organ_finding_negative_positive`; empty = organ absent.
-        labels: CSV with `VolumeName` and a column of 0 and 1 for every finding; volumes without scores are ignored.
+        labels: CSV with `VolumeName` and a column of 0 and 1 for every finding; volumes and findings without scores
+            are ignored here, and counted by `labelled_without_scores`.
 
     Returns:
         One row per volume and finding: file_name, finding, organ, score, label.
@@ -186,28 +196,60 @@ def read_published_files(scores: Path, labels: Path) -> pd.DataFrame:
     unlabelled = [name for name in score_rows if name not in label_rows]
     if unlabelled:
         raise EvaluationError(
-            f"{scores}: {len(unlabelled)} of {len(score_rows)} volumes have no row in {labels}: {unlabelled[:3]}. Give "
+            f"{scores}: {len(unlabelled)} of {len(score_rows)} volumes have no row in {labels}: "
+            f"{[shortened(name) for name in unlabelled[:3]]}. Give "
             "the label file of the same split; names must agree, ending included."
         )
     parts = []
     for column in score_columns:
         finding = _finding_of(column, label_columns)
         if finding is None:
-            middle = column.split("_")[1] if "_" in column else column
+            middle = shortened(column.split("_")[1] if "_" in column else column)
             raise EvaluationError(
-                f"{scores}: column {column!r} names no finding of {labels} ({len(label_columns)} columns)"
+                f"{scores}: column {shortened(column)!r} names no finding of {labels} ({len(label_columns)} columns)"
                 f"{nearest_name(middle, label_columns)}. Columns are spelt organ_finding_negative_positive."
             )
         part = pd.DataFrame({FILE_COLUMN: list(score_rows), "finding": finding})
         part["organ"] = column[: column.index(f"_{finding}_")]
-        part["score"] = [_probability(row[column], f"{scores}: {name}, {column!r}") for name, row in score_rows.items()]
-        part["label"] = [_label(label_rows[name][finding], f"{labels}: {name}, {finding!r}") for name in score_rows]
+        part["score"] = [
+            _probability(row[column], f"{scores}: {shortened(name)}, {shortened(column)!r}")
+            for name, row in score_rows.items()
+        ]
+        part["label"] = [
+            _label(label_rows[name][finding], f"{labels}: {shortened(name)}, {shortened(finding)!r}")
+            for name in score_rows
+        ]
         parts.append(part)
     frame = pd.concat(parts, ignore_index=True)
     repeated = frame[frame.duplicated([FILE_COLUMN, "finding"])]["finding"].unique().tolist()
     if repeated:
-        raise EvaluationError(f"{scores}: findings {repeated} have more than one column; keep one each.")
+        raise EvaluationError(
+            f"{scores}: findings {[shortened(name) for name in repeated]} have more than one column; keep one each."
+        )
     return frame
+
+
+def labelled_without_scores(frame: pd.DataFrame, labels: Path) -> dict:
+    """What a label file holds and a result file does not: an average over a part should not pass for the whole.
+
+    Args:
+        frame: From `read_published_files`.
+        labels: The label file given there.
+
+    Returns:
+        num_volumes, and findings (names).
+    """
+    columns, rows = _read_table(labels, VOLUME_COLUMN)
+    scored = set(frame["finding"])
+    return {
+        "num_volumes": len(rows.keys() - set(frame[FILE_COLUMN])),
+        "findings": [column for column in columns if column not in scored],
+    }
+
+
+def shortened(text: str) -> str:
+    """A cell for a message: a broken file may hold megabytes in one."""
+    return text if len(text) <= LONGEST_CELL else f"{text[: LONGEST_CELL - 4]} ..."
 
 
 def _read_table(path: Path, name_column: str) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -221,7 +263,8 @@ def _read_table(path: Path, name_column: str) -> tuple[list[str], dict[str, dict
     columns = [column for column in header if column != name_column]
     if name_column not in header or not columns or len(set(header)) < len(header):
         raise EvaluationError(
-            f"{path}: expected the column {name_column!r} and one column per finding, each once, got {header[:6]}."
+            f"{path}: expected the column {name_column!r} and one column per finding, each once, got "
+            f"{[shortened(column) for column in header[:6]]}."
         )
     if not rows:
         raise EvaluationError(f"{path} has no rows below its header.")
@@ -229,9 +272,11 @@ def _read_table(path: Path, name_column: str) -> tuple[list[str], dict[str, dict
     for line, row in enumerate(rows, start=2):
         name = row[name_column]
         if None in row or None in row.values():  # what DictReader makes of a row of another length
-            raise EvaluationError(f"{path}, row {line} ({name}): not {len(header)} cells, as the header has.")
+            raise EvaluationError(
+                f"{path}, row {line} ({shortened(name or '')}): not {len(header)} cells, as the header has."
+            )
         if name in by_name:
-            raise EvaluationError(f"{path}, row {line}: {name!r} comes twice; every volume has one row.")
+            raise EvaluationError(f"{path}, row {line}: {shortened(name)!r} comes twice; every volume has one row.")
         by_name[name] = row
     return columns, by_name
 
@@ -242,25 +287,36 @@ def _finding_of(column: str, findings: Sequence[str]) -> str | None:
     return min(found, key=lambda finding: (column.index(f"_{finding}_"), -len(finding)), default=None)
 
 
+def _number(text: str) -> float:
+    """As `float`, without the underscores of Python's own numbers: 0.2_5 in a table is a slip."""
+    if "_" in text:
+        raise ValueError(text)
+    return float(text)
+
+
 def _probability(text: str, where: str) -> float:
     if not text.strip():
         return math.nan
     try:
-        value = float(text)
+        value = _number(text)
     except ValueError:
-        raise EvaluationError(f"{where}: {text!r} is no number; a score is empty or a probability.") from None
+        raise EvaluationError(
+            f"{where}: {shortened(text)!r} is no number; a score is empty or a probability."
+        ) from None
     if not math.isnan(value) and not 0 <= value <= 1:
-        raise EvaluationError(f"{where}: {text!r} is no probability; the published thresholds lie in [0, 1].")
+        raise EvaluationError(
+            f"{where}: {shortened(text)!r} is no probability; the published thresholds lie in [0, 1]."
+        )
     return value
 
 
 def _label(text: str, where: str) -> float:
     try:
-        value = float(text)
+        value = _number(text)
     except ValueError:
         value = math.nan
     if value not in (0, 1):
-        raise EvaluationError(f"{where}: label {text!r} is neither 0 nor 1.")
+        raise EvaluationError(f"{where}: label {shortened(text)!r} is neither 0 nor 1.")
     return value
 
 
@@ -275,15 +331,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", help="Write all figures, unrounded, to this file.")
     options = parser.parse_args(arguments)
     try:
-        summary = summarize_published(read_published_files(options.scores, options.labels))
+        if options.json:
+            check_can_write(options.json)
+        frame = read_published_files(options.scores, options.labels)
+        summary = summarize_published(frame)
+        summary["labelled_without_scores"] = labelled_without_scores(frame, options.labels)
     except EvaluationError as error:
         print(f"published_metrics: error: {error}", file=sys.stderr)
         return 1
     print(format_published_table(summary))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
+
+
+def check_can_write(path: Path) -> None:
+    """Make the folder of a file to be, and refuse a place where no file can be."""
+    if path.is_dir():
+        raise EvaluationError(f"--json {path} is a folder; name a file in it, such as {path / 'published.json'}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file stands where a folder is wanted, or nobody may write there
+        raise EvaluationError(f"--json {path}: its folder cannot be made: {error}. Name another file.") from error
 
 
 if __name__ == "__main__":

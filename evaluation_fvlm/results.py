@@ -61,7 +61,7 @@ def write_results(
 
     Args:
         protocol: Written as it is beside the figures; everything that a reader needs to get the same numbers.
-        folder: Made if missing; files of an earlier run are replaced.
+        folder: Made if missing; files of an earlier run are replaced, and those that this one does not make removed.
         published: Add to every task's figures the published ones under `published`, and write its scores in the
             published column form: published_scores.csv, for further tasks `published_scores_NAME.csv`.
 
@@ -69,6 +69,7 @@ def write_results(
         The content of metrics.json, and the paths written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    remove_earlier_results(folder)
     paths = [folder / "scores.csv"]
     scores.frame.to_csv(paths[0], index=False, float_format="%.9g")
     metrics: dict = {}
@@ -95,6 +96,18 @@ def write_results(
     unfinished.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
     return metrics, [*paths, path]
+
+
+def remove_earlier_results(folder: Path) -> None:
+    """Take away what an earlier run wrote, metrics.json first: a run that is killed leaves none that is not its own.
+
+    Files of these names are left alone where no scores.csv says that there was a run: every run writes that first.
+    """
+    (folder / "metrics.json").unlink(missing_ok=True)
+    if (folder / "scores.csv").is_file():
+        for stem, ending in (("published_scores", "csv"), ("roc", "png"), ("auc_bars", "png")):
+            for path in [folder / f"{stem}.{ending}", *folder.glob(f"{stem}_*.{ending}")]:
+                path.unlink(missing_ok=True)
 
 
 def format_table(metrics: dict) -> str:

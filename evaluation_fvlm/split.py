@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import PreTrainedConfig
 
 from evaluation_fvlm.errors import EvaluationError
+from modeling_fvlm.organs import NUMBERINGS
+from modeling_fvlm.preparation import padding_hu
 from modeling_fvlm.processed_split import load_rows, natural_key
 
 LEVELS = ("scan", "reconstruction")
@@ -58,9 +61,10 @@ def read_manifest(data: str, revision: str | None = None) -> dict:
 
 
 def check_split_matches(manifest: dict, config: PreTrainedConfig, where: str) -> None:
-    """Refuse a split whose organs, spacing or preprocessing are not the model's.
+    """Refuse a split whose organs, spacing, margin, preprocessing or padding are not the model's.
 
-    With other organs its labels would mean others; prepared another way its scans are not what the model knows.
+    With other organs, or organs of other classes, its labels would mean others; prepared another way its scans are not
+    what the model knows. What an older manifest does not tell is not compared.
 
     Raises:
         EvaluationError: Naming the first difference and both values.
@@ -74,10 +78,25 @@ def check_split_matches(manifest: dict, config: PreTrainedConfig, where: str) ->
             f"{place + 1} on: {organs[place : place + 3]} against {expected[place : place + 3]}. Build the split with "
             f"the model's organ set '{config.organ_set}', or choose a model trained on these organs."
         )
+    built = settings["organ_set"].get("classes") or {}
+    for organ in expected:
+        there, here = (_classes_by_numbering(classes.get(organ)) for classes in (built, config.organ_classes))
+        for numbering in sorted(there.keys() & here.keys()):
+            if there[numbering] != here[numbering]:
+                raise EvaluationError(
+                    f"{where}: its organ '{organ}' is made of {sorted(there[numbering])} ({numbering}), the model's of "
+                    f"{sorted(here[numbering])}. Build the split with the model's organ set '{config.organ_set}'."
+                )
     if not np.allclose(settings["spacing"], config.spacing, rtol=0, atol=1e-3):
         raise EvaluationError(
             f"{where} was prepared at spacing {list(settings['spacing'])} mm (depth, height, width), the model reads "
             f"{list(config.spacing)}. Build the split at the model's spacing."
+        )
+    margin = settings.get("margin_voxels")
+    if margin is not None and not np.array_equal(margin, config.margin_voxels):
+        raise EvaluationError(
+            f"{where} was prepared with a margin of {list(margin)} voxels (depth, height, width), the model reads "
+            f"{list(config.margin_voxels)}. Build the split with `--margin {' '.join(map(str, config.margin_voxels))}`."
         )
     prepared = settings.get("preprocessing", "standard")  # splits from before there was a choice are standard
     if prepared != config.preprocessing:
@@ -85,6 +104,21 @@ def check_split_matches(manifest: dict, config: PreTrainedConfig, where: str) ->
             f"{where} was prepared with preprocessing '{prepared}', the model reads '{config.preprocessing}'. Build "
             f"the split with `--preprocessing {config.preprocessing}`."
         )
+    if prepared == "published":
+        volume_size, lowest = list(config.vision_config.volume_size), padding_hu(config.windows, is_published=True)
+        for name, reads, unit in (("padded_to", volume_size, "voxels"), ("padding_hu", lowest, "HU")):
+            if name in settings and settings[name] != reads:
+                raise EvaluationError(
+                    f"{where}: {name} is {settings[name]} {unit}, the model's processor pads to {reads}. The "
+                    "builders pad for the published crop and HU window; a model of others cannot read this split."
+                )
+
+
+def _classes_by_numbering(entry: Mapping | list[str] | None) -> dict[str, set[str]]:
+    """Classes of one organ per numbering; a plain list stands for every numbering."""
+    if not isinstance(entry, Mapping):
+        entry = dict.fromkeys(NUMBERINGS, entry) if entry else {}
+    return {numbering: set(names) for numbering, names in entry.items()}
 
 
 def select_scans(dataset: Dataset, level: str = "scan", limit: int | None = None) -> Dataset:

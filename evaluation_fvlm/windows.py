@@ -7,7 +7,7 @@ An organ is seen whole, in its surroundings, in a window centred on its box. Thr
     `size` it takes the whole volume. So on a scan no larger than `size` all organs have ONE window, and so has any
     group of neighbours that the border pushes together: equal windows are forwarded once, with identical numbers.
 (3) What is missing to `size`, and further to whole patches where an organ is longer, is padded with air, evenly on
-    both sides, as in training.
+    both sides, as in training (a model of preprocessing "published": with hu_min, as there).
 
 The published evaluation (Shui et al., ICLR 2025) departs in four points, which `published=True` follows: it pads to
 whole patches only, so that nearly every scan has a token grid of its own; all padding comes behind the end; it is zero

@@ -7,7 +7,8 @@ Organs, spacing, margin and HU windows are those of the model's config; a scan t
     (3) crop or pad to `volume_size`       geometry
     (4) window the HU                      geometry, or the model itself when `window=False`
 
-With `preprocessing="published"` steps (1) and (2) are those of published_preparation.
+With `preprocessing="published"` steps (1) and (2) are those of published_preparation: nothing is turned to LPS, the
+scan comes padded to `volume_size`, and what (3) pads is the lower edge of the windows, not air.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,9 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_fvlm import DEFAULT_WINDOW, FVLMConfig, FVLMVisionConfig
-from .geometry import AIR_HU, crop_inside, crop_or_pad, crop_start, organ_box, organs_in_crop, window_volume
+from .geometry import crop_inside, crop_or_pad, crop_start, organ_box, organs_in_crop, window_volume
 from .organs import nearest_name, organ_label_table
-from .preparation import PreparedScan, prepare_scan
+from .preparation import PreparedScan, padding_hu, prepare_scan
 from .published_preparation import as_stored, prepare_published_scan
 from .reading import mask_from_array, read_affine, read_nifti, read_nifti_mask, volume_from_array
 
@@ -107,7 +108,9 @@ class FVLMImageProcessor(BaseImageProcessor):
         """Prepare one scan or a list of scans, each cut or padded to `volume_size`.
 
         Args:
-            volumes: Path of a NIfTI file, 3-D array of HU in any orientation, or `Volume`; or a list of these.
+            volumes: Path of a NIfTI file, 3-D array of HU in any orientation, or `Volume`; or a list of these. Under
+                preprocessing "published" axes are taken as they are stored, and a `Volume`, which has been turned, is
+                refused.
             masks: Segmentations of the volumes, likewise. An array is taken to lie on the stored array of its volume.
             affines: For arrays: 4 x 4 voxel-to-mm (RAS+), one or a list. For files: used instead of the header's.
             numbering: What the labels of the masks mean: a numbering's name, or {label value: class or organ name}.
@@ -120,7 +123,8 @@ class FVLMImageProcessor(BaseImageProcessor):
         Returns:
             `pixel_values` float32 (batch, channels, depth, height, width), or without `window` `volume` int16 (batch,
             depth, height, width); `organ_mask` uint8 (batch, depth, height, width) with `organ_index + 1`;
-            `organ_is_complete` bool (batch, organs), where the scan's own faces cut an organ just as the crop's do.
+            `organ_is_complete` bool (batch, organs), where the scan's own faces cut an organ just as the crop's do (not
+            under "published", where padding hides the scan's own faces).
             `model.get_organ_features(**features)` takes them as they are.
 
         Raises:
@@ -156,12 +160,22 @@ class FVLMImageProcessor(BaseImageProcessor):
         affine: np.ndarray | None = None,
         numbering: str | Mapping[int, str | None] = "totalsegmentator_v2",
     ) -> PreparedScan:
-        """Read one scan and bring it to the model's spacing, cut to the box of its organs; as in `preprocess`."""
+        """Read one scan and bring it to the model's spacing, cut to the box of its organs; as in `preprocess`.
+
+        Under "published" the scan is also padded to `volume_size`.
+        """
         if mask is None:
             raise ValueError(
                 "masks is missing: fVLM looks at a scan organ by organ. Segment the volume first, for example with "
                 "`TotalSegmentator -i ct.nii.gz -o mask.nii.gz --ml`, and give that file."
             )
+        if self.preprocessing == "published":
+            for name, value in (("volume", volume), ("mask", mask)):
+                if _is_volume(value):
+                    raise ValueError(
+                        f"{name}: a `Volume` has been turned to LPS, but preprocessing 'published' takes the axes as "
+                        "the file stores them. Give the path, or array and affine."
+                    )
         table = organ_label_table(self.organ_classes, self.organs, numbering)
         if _is_path(volume):
             read_volume = self._read(read_nifti, volume, affine)
@@ -196,8 +210,9 @@ class FVLMImageProcessor(BaseImageProcessor):
             center = self._organ_center(scan, center)
         start = crop_start(scan.mask.shape, self.volume_size, center)
         inside = crop_inside(scan.mask.shape, start, self.volume_size)
+        outside = padding_hu(self.windows, self.preprocessing == "published")
         return (
-            crop_or_pad(scan.volume, start, self.volume_size, AIR_HU),
+            crop_or_pad(scan.volume, start, self.volume_size, outside),
             crop_or_pad(scan.mask, start, self.volume_size, 0),
             organs_in_crop(scan.mask, inside, len(self.organs), self.completeness, self.min_organ_voxels),
         )

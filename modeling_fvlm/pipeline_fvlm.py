@@ -21,8 +21,9 @@ import torch
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
-from .geometry import AIR_HU, crop_or_pad, crop_start, organ_box, organ_window, organs_in_crop
+from .geometry import crop_or_pad, crop_start, organ_box, organ_window, organs_in_crop
 from .organs import nearest_name
+from .preparation import padding_hu
 
 TASK = "ct-zero-shot"
 
@@ -31,11 +32,14 @@ class FVLMZeroShotPipeline(Pipeline):
     """Probabilities of findings, organ by organ, from prompts.
 
     Input: {"volume": path, array or Volume, "mask": likewise} and, where needed, "affine" (for arrays) and "numbering"
-    (of the mask's labels; default "totalsegmentator_v2"). Call with `findings`, a list of {finding, organ, positive,
-    negative}; positive and negative are one prompt or lists of equal length.
+    (of the mask's labels; default "totalsegmentator_v2"). A model of preprocessing "published" takes no Volume, and its
+    scans as they are stored; its windows have the size trained on (112 x 256 x 352 voxels), whereas the published
+    evaluation shows larger ones (`eval_fvlm.py --protocol published`). Call with `findings`, a list of
+    {finding, organ, positive, negative}; positive and negative are one prompt or lists of equal length.
 
     Output: a list in the order of `findings` of {finding, organ, probability, is_complete}. `probability` is None where
-    the mask does not hold the organ; `is_complete` is False where the organ is absent or cut by the scan.
+    the mask does not hold the organ; `is_complete` is False where the organ is absent or cut by the scan (under
+    "published": by the prepared scan, whose padding hides where the scanner stopped).
     """
 
     _load_processor = True
@@ -81,13 +85,14 @@ class FVLMZeroShotPipeline(Pipeline):
                 # As numbers: slices cannot be keys before Python 3.12.
                 key = (tuple((part.start, part.stop) for part in window), size)
                 windows.setdefault(key, []).append(organ_index)
+        outside = padding_hu(image_processor.windows, image_processor.preprocessing == "published")
         crops = []
         for (window, size), organ_indices in windows.items():
             part = tuple(slice(start, stop) for start, stop in window)
             start = crop_start(scan.mask[part].shape, size)
             crops.append(
                 {
-                    "volume": torch.from_numpy(crop_or_pad(scan.volume[part], start, size, AIR_HU))[None],
+                    "volume": torch.from_numpy(crop_or_pad(scan.volume[part], start, size, outside))[None],
                     "organ_mask": torch.from_numpy(crop_or_pad(scan.mask[part], start, size, 0))[None],
                     "organ_indices": organ_indices,
                 }

@@ -8,12 +8,13 @@ This is `preprocessing: standard`; published_preparation.py holds the published 
 (4) the volume is resampled inside that box alone (exactly equal to cropping afterwards)
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .geometry import BadVolumeError, organ_box, resample_mask, resample_volume, resampled_spacing
+from .geometry import AIR_HU, BadVolumeError, organ_box, resample_mask, resample_volume, resampled_spacing
 from .organs import UNKNOWN_LABEL
 from .reading import Volume, check_same_grid
 
@@ -64,6 +65,17 @@ def prepare_scan(
         spacing=resampled_spacing(volume.array.shape, volume.spacing, spacing),
         box=box,
     )
+
+
+def padding_hu(windows: Sequence[Mapping[str, float]], is_published: bool) -> int:
+    """HU of what lies outside a scan: air, or as published what every window maps to its lower edge.
+
+    Args:
+        windows: The model's HU windows.
+        is_published: Whether scans are prepared, or windows made, as published. Air lies above the published window's
+            lower edge (-1150 HU) and would become 0.084, not 0.
+    """
+    return math.floor(min(window["hu_min"] for window in windows)) if is_published else AIR_HU
 
 
 def organs_of_labels(labels: np.ndarray, volume: Volume, mask: Volume, table: np.ndarray) -> np.ndarray:

@@ -36,7 +36,6 @@ The trainer's random crop and flips are those of its own settings.
 Source: Shui et al., ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D, and the outputs of the authors' release.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -45,7 +44,7 @@ import torch
 from torch.nn import functional
 
 from .geometry import AXES, BadVolumeError, crop_or_pad, crop_start, organ_box
-from .preparation import PreparedScan, organs_of_labels
+from .preparation import PreparedScan, organs_of_labels, padding_hu
 from .reading import Volume, check_same_grid
 
 # For arrays that are to keep their stored order (x, y, z): with it, reading only reverses them to (z, y, x).
@@ -75,7 +74,27 @@ def repair_header(
     Returns:
         int16 `(x, y, z)`, and the affine from stored indices to mm in RAS+, rounded to the float32 of a header: with
         2.9999999 mm instead of 3 the number of voxels in (3) would be another.
+
+    Raises:
+        BadVolumeError: If `stored` is not int16 (with other types nothing would be cut off), or a value of the metadata
+            is missing or not finite.
     """
+    if stored.dtype.newbyteorder("=") != np.int16:
+        raise BadVolumeError(
+            f"stored is {stored.dtype}, not int16: give the voxels as they are in the file (nibabel: "
+            "`np.asarray(image.dataobj)` of a file without a scale)."
+        )
+    row = {
+        "rescale_slope": ([rescale_slope], 1),
+        "rescale_intercept": ([rescale_intercept], 1),
+        "xy_spacing": (xy_spacing, 2),
+        "z_spacing": ([z_spacing], 1),
+        "orientation": (orientation, 6),
+        "position": (position, 3),
+    }
+    for name, (values, count) in row.items():
+        if len(values) != count or not np.isfinite(np.asarray(values, dtype=np.float64)).all():
+            raise BadVolumeError(f"{name} must be {count} finite, got {list(values)}; repair this row of the metadata.")
     hu = stored * np.int16(rescale_slope) + np.int16(rescale_intercept)
     along_x, along_y = np.asarray(orientation[:3], dtype=np.float64), np.asarray(orientation[3:], dtype=np.float64)
     affine = np.eye(4)
@@ -114,7 +133,7 @@ def prepare_published_scan(
     """Prepare a scan as published: the counterpart of `prepare_scan`.
 
     Args:
-        volume: int16 HU from `as_stored`; a `Volume` in LPS is taken as if it were stored so.
+        volume: int16 HU from `as_stored`. A `Volume` of `read_nifti` has been turned to LPS and will not do.
         mask: Labels of the segmentation, likewise.
         table: From `organ_label_table`.
         spacing: The model's voxel size in mm along (depth, height, width).
@@ -137,9 +156,8 @@ def prepare_published_scan(
     hu = np.rint(resize_volume(volume.array, new_shape)[box]).astype(np.int16)  # (3)
     size = tuple(max(part.stop - part.start, edge) for part, edge in zip(box, volume_size))
     start = crop_start(hu.shape, size)
-    lowest = math.floor(min(window["hu_min"] for window in windows))
     return PreparedScan(
-        volume=crop_or_pad(hu, start, size, lowest),  # (5)
+        volume=crop_or_pad(hu, start, size, padding_hu(windows, is_published=True)),  # (5)
         mask=crop_or_pad(organs[box], start, size, 0),
         spacing=tuple(float(old * edge / new) for old, edge, new in zip(shape, volume.spacing, new_shape)),
         box=box,

@@ -4,12 +4,16 @@ import json
 import os
 import pickle
 import re
+import shutil
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_published_model import load_golden
 from tiny_scan import WORDS, tiny_config, tiny_tokenizer, write_scan
@@ -265,6 +269,22 @@ def bad_file(kind, published, path):
         del weights["vision_projs.3.weight"]
     elif kind == "mixed types":
         weights["text_proj.bias"] = weights["text_proj.bias"].half()
+    elif kind == "our name beside":
+        weights["visual_encoder.blocks.0.attention.qkv.weight"] = torch.ones(48, 16)
+    elif kind == "our patches beside":
+        weights["visual_encoder.embeddings.projection.bias"] = torch.ones(16)
+    elif kind == "token types":
+        weights["text_encoder.embeddings.token_type_embeddings.weight"] = torch.tensor(1.0)
+    elif kind == "not a number":
+        weights["text_proj.bias"] = weights["text_proj.bias"] * float("nan")
+    elif kind == "sparse":
+        weights["query_tokens"] = weights["query_tokens"].to_sparse()
+    elif kind == "program":
+        torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+        return
+    elif kind == "numpy":
+        torch.save({"model": weights, "best": np.float64(3)}, path)
+        return
     save_as_trainer(weights, path)
 
 
@@ -274,8 +294,10 @@ BAD = {
     "cut off": ([], "bad.pth is cut off"),
     "old and cut off": ([], "bad.pth is damaged"),
     "text": ([], "bad.pth is damaged, or "),
-    "code": ([], r"bad.pth is a pickle that asks for \S*mkdir: opening it would run code"),
-    "bare pickle with code": ([], r"bad.pth is a pickle that asks for \S*mkdir: opening it would run code"),
+    "code": ([], r"bad.pth is a pickle that asks for \S*mkdir, which is no tensor .* not opened"),
+    "bare pickle with code": ([], r"bad.pth is a pickle that asks for \S*mkdir, which is no tensor .* not opened"),
+    "numpy": ([], r"bad.pth is a pickle that asks for numpy\S*scalar, which is no tensor or plain value"),
+    "program": ([], r"bad.pth is a TorchScript archive, .* `torch.save\(model.state_dict\(\), FILE\)`"),
     "no weights": ([], "bad.pth holds a dict with the entries optimizer, epoch; expected named tensors"),
     "resnet": ([], "bad.pth: this is no published fVLM .* has no query_tokens.*3 tensors, conv1.weight, bn1.bias"),
     "unknown": ([], "bad.pth: momentum_encoder.weight: no parameter of a published fVLM"),
@@ -285,16 +307,24 @@ BAD = {
     "flat patches": ([], r"patch_embeddings.weight has the shape \(16, 64\); the published architecture has 5 axes"),
     "fewer projections": ([], r"vision_projs.N.weight for N in \[0, 1, 2\]"),
     "mixed types": ([], "number types differ: .*text_proj.bias is torch.float16"),
+    "our name beside": ([], "bad.pth: visual_encoder.blocks.0.attention.qkv.weight: no parameter of a published"),
+    "our patches beside": ([], "bad.pth: visual_encoder.embeddings.projection.bias: no parameter of a published"),
+    "token types": ([], r"token_type_embeddings.weight has the shape \(\); the published architecture has 2 axes"),
+    "not a number": ([], "bad.pth: text_proj.bias: NaN or infinite weights"),
+    "sparse": ([], "bad.pth: query_tokens: sparse tensors"),
     "organs": (["--organs", "body_24"], "query_tokens has 4 rows, one per organ, but --organs body_24 names 24"),
-    "organ set": (["--organs", "chest_5"], "--organs: organ set 'chest_5' is not one of .*nearest: 'chest_4'"),
+    "organ set": (["--organs", "chest_5"], "--organs chest_5: organ set 'chest_5' is not one of .*nearest: 'chest_4'"),
+    "organs file": (["--organs", "broken.yaml"], "--organs broken.yaml: while parsing"),
     "positions": (["--volume_size", "8", "12", "40"], r"position_embeddings holds 48 patches, .*4 x 3 x 5 = 60"),
     "no multiple": (["--volume_size", "8", "12", "33"], "volume_size width 33 is no multiple of patch_size width 8"),
     "heads": (["--vision_heads", "3"], "hidden_size 16 is no multiple of num_attention_heads 3"),
+    "text heads": (["--text_heads", "5"], "--text_heads 5 does not divide 16, the width of text_encoder"),
     "depth": (["--feature_levels", "3", "6", "9"], r"feature_levels \[3, 6, 9\] must be"),
     "length": (["--max_text_length", "65"], "--max_text_length 65 is more than the text encoder's 64 positions"),
     "vocabulary": (["--vocab", "short.txt"], r"word_embeddings.weight has 19 rows, the vocabulary of short.txt has 18"),
     "no vocabulary": (["--vocab", "bad.txt"], r"--vocab bad.txt is no vocabulary of a BERT: it lacks \[PAD\]"),
     "out in use": (["--out", "used"], "--out used is in use"),
+    "out below a file": (["--out", "vocab.txt/deep/out"], "--out vocab.txt/deep/out: .*vocab.txt is a file"),
 }
 
 
@@ -305,6 +335,7 @@ def test_bad_input_is_named_and_leaves_nothing_behind(kind, published, vocab, tm
     bad_file(kind, published, tmp_path / "bad.pth")
     (tmp_path / "short.txt").write_text("\n".join(VOCABULARY[:-1]))
     (tmp_path / "bad.txt").write_text("lung\nheart\n")
+    (tmp_path / "broken.yaml").write_text("a: [1\n b: {")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "kept.txt").write_text("mine")
     before = {str(path): path.stat().st_size for path in tmp_path.rglob("*")}
@@ -331,12 +362,67 @@ def test_a_conversion_that_dies_leaves_nothing_behind(published, vocab, tmp_path
         convert.main([*weights, "--out", str(tmp_path / "new" / "out"), *SIZES])
     assert set(tmp_path.rglob("*")) == before
 
-    def full(model, processor, folder):
-        raise OSError(28, "No space left on device")
+    for error in (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")):
 
-    monkeypatch.setattr(convert, "save_for_hub", full)
-    assert convert.main([*weights, "--out", str(tmp_path / "new" / "out"), *SIZES]) == 2
+        def full(model, processor, folder, error=error):
+            folder.mkdir()
+            raise error
+
+        monkeypatch.setattr(convert, "save_for_hub", full)
+        assert convert.main([*weights, "--out", str(tmp_path / "new" / "out"), *SIZES]) == 2
+        assert set(tmp_path.rglob("*")) == before
+
+    def told_to_end(model, processor, folder):
+        folder.mkdir()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def own_handler(number, frame):
+        raise AssertionError("the signal reached the caller")
+
+    monkeypatch.setattr(convert, "save_for_hub", told_to_end)
+    previous = signal.signal(signal.SIGTERM, own_handler)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            convert.main([*weights, "--out", str(tmp_path / "new" / "out"), *SIZES])
+        assert signal.getsignal(signal.SIGTERM) is own_handler, "the caller's own handling comes back"
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_one_tensor_under_two_names_is_written_twice(published, vocab, tmp_path):
+    layer = "text_encoder.encoder.layer.0.attention.self"
+    tied = {**published, f"{layer}.key.weight": published[f"{layer}.query.weight"]}
+    both = torch.stack([published["text_proj.bias"], published["text_proj.bias"] + 1])
+    tied["text_proj.bias"] = both[1]  # part of a larger block of memory
+    torch.save({"model": tied}, tmp_path / "tied.pth")
+    weights = ["--weights", str(tmp_path / "tied.pth"), "--vocab", str(vocab)]
+    assert convert.main([*weights, "--out", str(tmp_path / "out"), *SIZES]) == 0
+    ours = to_published_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    assert ours.keys() == tied.keys() - LEFTOVERS.keys()
+    assert all(torch.equal(tensor, tied[name]) for name, tensor in ours.items())
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(published, tmp_path, capsys):
+    save_file(published, tmp_path / "fvlm.safetensors")
+    tiny_tokenizer().save_pretrained(tmp_path / "strange")
+    (tmp_path / "strange" / "tokenizer.json").write_text('{"model": {"type": "of tomorrow"}}')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "cxr-bert"}')
+    for name, message in (("empty", "no vocabulary there, only 5 special tokens"), ("strange", "cannot be loaded")):
+        given = ["--weights", str(tmp_path / "fvlm.safetensors"), "--tokenizer", str(tmp_path / name), *SIZES]
+        assert convert.main([*given, "--out", str(tmp_path / "out")]) == 2
+        assert f"{name}" in (error := capsys.readouterr().err) and message in error
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_ends_its_lines_where_a_file_does(published, vocab, tmp_path):
+    save_file(published, tmp_path / "fvlm.safetensors")
+    words = [*VOCABULARY[:-1], "a\u2028b"]  # a line separator within a token
+    vocab.write_text("\n".join(words) + "\n", encoding="utf-8")
+    weights = ["--weights", str(tmp_path / "fvlm.safetensors"), "--vocab", str(vocab)]
+    assert convert.main([*weights, "--out", str(tmp_path / "out"), *SIZES]) == 0
+    assert FVLMProcessor.from_pretrained(tmp_path / "out").tokenizer.get_vocab()["a\u2028b"] == len(words) - 1
 
 
 def test_back_refuses_what_the_published_code_would_run_as_another_model(published, vocab, tmp_path, capsys):
@@ -346,6 +432,8 @@ def test_back_refuses_what_the_published_code_would_run_as_another_model(publish
         r"text_pooling 'mean' \(published: 'cls'\)": {**base, "text_pooling": "mean"},
         r"vision_config.token_selection 'organs'": {**base, "vision": {"token_selection": "organs"}},
         r"vision_config.feature_levels \[3, 6\]": {**base, "vision": {"feature_levels": (3, 6)}},
+        r"vision_config.hidden_act 'gelu_pytorch_tanh'": {**base, "vision": {"hidden_act": "gelu_pytorch_tanh"}},
+        r"vision_config.layer_norm_eps 1e-06 \(published: 1e-05\)": {**base, "vision": {"layer_norm_eps": 1e-6}},
         "row 0 is not zero": {"text_token_types": True},
     }
     for number, (message, changes) in enumerate(cases.items()):
@@ -365,6 +453,52 @@ def test_back_refuses_what_the_published_code_would_run_as_another_model(publish
     assert not (tmp_path / "back.safetensors").exists()
 
 
+def test_back_writes_the_whole_model_or_nothing(tmp_path, capsys):
+    tower = tiny_config().vision_config.to_dict() | {"num_hidden_layers": 12, "feature_levels": (3, 6, 9)}
+    text = tiny_config().text_config.to_dict() | {"layer_norm_eps": 1e-12}
+    model = FVLMModel(tiny_config(vision_config=tower, text_config=text, text_token_types=False))
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    shards = sorted((tmp_path / "shards").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    expected = to_published_state_dict(model.state_dict())
+    (tmp_path / "shards" / "model-of-before.safetensors").write_bytes(b"stale")  # not in the index
+
+    def back(name):
+        out = tmp_path / f"{name}.safetensors"
+        return convert.main(["--back", str(tmp_path / name), "--out", str(out)]), out, capsys.readouterr()
+
+    status, out, printed = back("shards")
+    weights = load_file(out)
+    assert status == 0 and weights.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+    assert "vision 12, text 12, pooling 4" in printed.out
+    assert "warning: this model has vision 2, text 2, pooling 2" in printed.err
+
+    shutil.copytree(tmp_path / "shards", tmp_path / "lost")
+    (tmp_path / "lost" / shards[-1].name).unlink()
+    shutil.copytree(tmp_path / "shards", tmp_path / "less")
+    (first := tmp_path / "less" / shards[0].name).write_bytes(first.read_bytes())
+    kept = load_file(first)
+    dropped = sorted(kept)[0]
+    save_file({name: tensor for name, tensor in kept.items() if name != dropped}, first, metadata={"format": "pt"})
+    shutil.copytree(tmp_path / "shards", tmp_path / "broken")
+    (tmp_path / "broken" / "config.json").write_text("{broken")
+    for name, message in (
+        ("lost", f"{shards[-1].name} of model.safetensors.index.json is not there"),
+        ("less", "the tensors are not those of the model. missing: "),
+        ("broken", "config.json cannot be read"),
+    ):
+        status, out, printed = back(name)
+        assert status == 2 and not out.exists() and message in printed.err and printed.err.startswith("error: ")
+    # One file beside the shards of an earlier save: transformers reads the file, and so does this.
+    with torch.no_grad():
+        model.text_projection.bias.add_(1)
+    save_file(model.state_dict(), tmp_path / "shards" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "shards.safetensors").unlink()
+    status, out, _ = back("shards")
+    assert status == 0 and torch.equal(load_file(out)["text_proj.bias"], model.text_projection.bias)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -375,6 +509,10 @@ def test_back_refuses_what_the_published_code_would_run_as_another_model(publish
         (["--mae", "m.pth"], "--mae needs --text_encoder"),
         (["--weights", "a.pth", "--vocab", "v.txt", "--text_encoder", "b"], "--text_encoder goes with --mae only"),
         (["--back", "folder", "--vocab", "v.txt"], "--vocab goes with --weights only"),
+        (["--back", "folder", "--vision_heads", "-4"], "'-4' is no whole number from 1 on"),
+        (["--back", "folder", "--pooling_heads", "0"], "'0' is no whole number from 1 on"),
+        (["--back", "folder", "--max_text_length", "0"], "'0' is no whole number from 1 on"),
+        (["--back", "folder", "--min_organ_voxels", "-3"], "'-3' is no whole number from 1 on"),
     ],
 )
 def test_options_that_do_not_go_together(words, message, capsys):

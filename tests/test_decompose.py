@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_builders.cases import OrganText
 from data_builders.decompose import (
     caption_rows,
     decompose,
@@ -155,6 +156,17 @@ def test_caption_rows_name_every_organ_once_in_the_order_of_the_set():
         {"organ": "heart", "caption": normal, "is_abnormal": False, "is_mentioned": False},
         {"organ": "lung", "caption": lungs, "is_abnormal": False, "is_mentioned": True},
     ]
+
+
+@pytest.mark.parametrize("is_abnormal", [False, True])
+def test_a_blank_ready_text_says_nothing(is_abnormal):
+    """Flagged or not, and in either section; in the published form its "." is abnormal, and says as little."""
+    for text in (OrganText(("",), (), is_abnormal), OrganText((), (" ", "\n"), is_abnormal)):
+        (row,) = caption_rows("", "", ["lung"], LEXICON, {"lung": text})
+        normal = "lung shows no significant abnormalities."
+        assert row == {"organ": "lung", "caption": normal, "is_abnormal": False, "is_mentioned": False}
+    (row,) = caption_rows("", "", ["lung"], LEXICON, {"lung": OrganText(("",), (), is_abnormal)}, published=True)
+    assert row == {"organ": "lung", "caption": ".", "is_abnormal": True, "is_mentioned": False}
 
 
 def micro_f1(shared_dir) -> tuple[float, int, int]:

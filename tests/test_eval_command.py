@@ -11,8 +11,11 @@ import pytest
 import torch
 import yaml
 from evaluation_samples import TASK, tiny_dataset, tiny_model, tiny_rows, tiny_tokenizer, write_tiny_split
+from safetensors.torch import load_file, save_file
 
 import eval_fvlm
+from evaluation_fvlm import results
+from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.metrics import summarize
 from evaluation_fvlm.plots import plot_auc_bars, plot_roc_curves
 from evaluation_fvlm.published_metrics import published_finding_metrics
@@ -156,6 +159,78 @@ def test_published_protocol_through_the_command(workplace, tmp_path, capsys):
         assert both[key] == standard[key] != metrics[key], key
     assert "published" not in standard and "published metrics" not in printed
     assert not (tmp_path / "standard" / "published_scores.csv").exists()
+
+
+def test_nothing_of_an_earlier_run_stays(tmp_path, monkeypatch):
+    """A published run of two tasks, then a standard one of one, then one that is killed: all in one folder."""
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(TASK))
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(TASK | {"name": "other"}))
+    tasks = [load_task(tmp_path / name) for name in ("task.yaml", "other.yaml")]
+    for name in ("plot_roc_curves", "plot_auc_bars"):
+        monkeypatch.setattr(results, name, lambda frame, summary, path: path.write_bytes(b"x"))
+    model, tokenizer, dataset = tiny_model(), tiny_tokenizer(), tiny_dataset()
+    both, one = (evaluate_split(model, tokenizer, dataset, some) for some in (tasks, tasks[:1]))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "roc_of_mine.png").write_bytes(b"mine")
+    results.remove_earlier_results(out)
+    assert (out / "roc_of_mine.png").is_file(), "no run has been here"
+    (out / "roc_of_mine.png").rename(out / "my_roc.png")
+    results.write_results(both, {"name": "published"}, out, published=True)
+    assert len(list(out.iterdir())) == 9 and (out / "published_scores_other.csv").is_file()
+    results.write_results(one, {"name": "standard"}, out)
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["auc_bars.png", "metrics.json", "my_roc.png", "roc.png", "scores.csv"]
+    )
+
+    def killed(frame, summary, path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "plot_roc_curves", killed)
+    with pytest.raises(KeyboardInterrupt):
+        results.write_results(one, {"name": "third"}, out)
+    assert sorted(path.name for path in out.iterdir()) == ["my_roc.png", "scores.csv"]
+
+
+def test_a_split_that_is_not_what_the_protocol_says_is_told(workplace, tmp_path, monkeypatch, capsys):
+    write_tiny_split(tmp_path / "data", options={"reconstructions": "first"})
+    for name in ("plot_roc_curves", "plot_auc_bars"):
+        monkeypatch.setattr(results, name, lambda frame, summary, path: path.write_bytes(b"x"))
+
+    def run(name: str, *flags: str, **options) -> tuple[dict, str]:
+        given = arguments(workplace, tmp_path / name, **options)
+        assert eval_fvlm.main([*given, "--quiet", *flags]) == 0
+        return json.loads((tmp_path / name / "metrics.json").read_text())["protocol"], capsys.readouterr().err
+
+    protocol, printed = run("first", "--level", "reconstruction", data=tmp_path / "data")
+    assert protocol["level"] == "first reconstruction of every scan (the split holds no other)"
+    assert protocol["data"]["reconstructions"] == "first"
+    (warning,) = protocol["warnings"]
+    assert "--reconstructions all" in warning and f"WARNING: {warning}" in printed
+    protocol, printed = run("plain", data=tmp_path / "data")
+    assert protocol["warnings"] == [] and "WARNING" not in printed
+    protocol, printed = run("published", "--protocol", "published", data=tmp_path / "data", window_size=[4, 12, 32])
+    assert len(protocol["warnings"]) == printed.count("WARNING") == 2
+    assert "preprocessing 'standard'" in protocol["warnings"][1]
+
+
+@pytest.mark.parametrize("kind", ["missing keys", "unexpected keys", "mismatched keys", "cannot be loaded"])
+def test_weights_of_another_form_are_refused(tmp_path, capsys, kind):
+    model = tiny_model()
+    save_for_hub(model, FVLMProcessor.from_config(model.config, tiny_tokenizer()), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    if kind == "missing keys":
+        del weights["organ_projection.weight_0"]
+    elif kind == "unexpected keys":
+        weights["organ_projection.weight"] = torch.zeros(3)
+    else:
+        weights["organ_projection.weight_0"] = torch.zeros(2, 2)
+    save_file(weights, file, metadata={"format": "pt"})
+    if kind == "cannot be loaded":
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(EvaluationError, match=kind):
+        eval_fvlm.load_model(str(tmp_path / "model"), None, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,13 @@ def test_json_without_a_table(source, tmp_path):
     assert captions_of(rows_of(tmp_path / "out")["p_2"])["liver"] == ("The liver is enlarged.", True, True)
 
 
+def test_one_text_in_the_json_is_one_sentence(source, tmp_path):
+    said = {"organs": {"liver": {"findings": "The liver is enlarged.", "abnormal": True}}}
+    (tmp_path / "r.json").write_text(json.dumps({"p_2": said}))
+    assert build(tmp_path / "out", *source, "--reports", tmp_path / "r.json") == 0
+    assert captions_of(rows_of(tmp_path / "out")["p_2"])["liver"] == ("The liver is enlarged.", True, True)
+
+
 def test_a_numbering_of_the_users_own(scans, source, tmp_path):
     """Label 10 is the left upper lobe, 12 the right one; here they are called lung, and the liver is left out."""
     (tmp_path / "mine.yaml").write_text("10: lung\n12: lung\n5: null\n52: aorta\n")

@@ -1,20 +1,24 @@
 """`--init_from`: a training that starts from a model's folder; what it takes from there and what it refuses."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tiny_scan import tiny_config, tiny_tokenizer
 from tiny_split import MARGIN, ORGANS, SPACING, TINY_RECIPE, write_tiny_split
 from tiny_training import dataset_of, tiny_model, tiny_rows
 
 import train_fvlm
+from modeling_fvlm import FVLMModel, FVLMProcessor, load_organ_set
 from modeling_fvlm.pipeline_fvlm import save_for_hub
-from training_fvlm.arguments import SettingsError, parse_settings
+from training_fvlm.arguments import RECIPES, SettingsError, parse_settings
 from training_fvlm.build import build_model
-from training_fvlm.data import SplitDescription
+from training_fvlm.data import SplitDescription, check_against_recipe
 from training_fvlm.start import read_start
 
 ROWS = tiny_rows(6)
@@ -123,6 +127,7 @@ def test_what_the_weights_hang_on_is_refused(saved, section, message):
         (description(spacing=(3.0, 1.0, 1.5)), "was trained with spacing (3.0, 1.0, 1.0) mm"),
         (description(margin=(1, 2, 3)), "was trained with margin_voxels (1, 2, 2)"),
         (description(preprocessing="published"), "expects standard preprocessing, the split's is published"),
+        (replace(description(), padded_to=(112, 256, 352)), "the processor pads to (8, 16, 32) voxels"),
     ],
 )
 def test_a_split_of_another_kind_is_refused(saved, split, message):
@@ -131,12 +136,47 @@ def test_a_split_of_another_kind_is_refused(saved, split, message):
     assert message in str(caught.value)
 
 
+def test_the_documented_way_to_the_published_run_is_open(tmp_path):
+    """A folder converted as documented, a split with the published preparation, the recipe's own model section."""
+    settings = parse_settings(
+        ["--recipe", "published_chest_4", "--data", "d", "--output_dir", str(tmp_path / "run"), "--init_from", "d"], "h"
+    )
+    manuals = (train_fvlm.__doc__, yaml.safe_load((RECIPES / "published_chest_4.yaml").read_text())["description"])
+    commands = [
+        re.search(r"training_fvlm\.convert (--[^`]*? --out )", text.replace("\\\n", " "))[1] for text in manuals
+    ]
+    assert all("--preprocessing published" in command for command in commands)
+    organs = load_organ_set("chest_4")
+    for preprocessing in ("published", "standard"):
+        folder = tmp_path / preprocessing
+        config = tiny_config(
+            spacing=(3.0, 1.0, 1.0), margin_voxels=(5, 20, 20), text_token_types=False, preprocessing=preprocessing
+        )
+        save_for_hub(FVLMModel(config), FVLMProcessor.from_config(config, tiny_tokenizer()), folder)
+        classes = organs.classes
+        split = SplitDescription("chest_4", organs.organs, classes, (3.0, 1.0, 1.0), (5, 20, 20), "published")
+        check_against_recipe(split, settings.model, "d")
+        if preprocessing == "published":
+            assert read_start(str(folder), settings.model, split).config.preprocessing == "published"
+        else:
+            with pytest.raises(SettingsError, match="convert again with `--preprocessing published`"):
+                read_start(str(folder), settings.model, split)
+
+
 def test_folders_that_hold_no_whole_model_are_refused(saved, tmp_path):
     with pytest.raises(SettingsError, match="no config.json there"):
         start_from(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(SettingsError, match="a model of type 'bert', not fvlm"):
         start_from(tmp_path)
+    for words, message in (("{broken", "config.json cannot be read"), ("[]", "a model of type None, not fvlm")):
+        (tmp_path / "config.json").write_text(words)
+        with pytest.raises(SettingsError, match=message):
+            start_from(tmp_path)
+    shutil.copytree(saved[1], tmp_path / "wordless")
+    (tmp_path / "wordless" / "tokenizer.json").unlink()
+    with pytest.raises(SettingsError, match="wordless: there is no vocabulary there, only 5 special tokens"):
+        start_from(tmp_path / "wordless")
     for name, message in (
         ("less", r"missing keys \['organ_pooling.query_tokens'\]"),
         ("more", r"unexpected keys \['stranger'\]"),
@@ -185,7 +225,9 @@ def test_the_command_starts_from_a_folder_and_resumes(saved, tmp_path):
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     for path in (tmp_path / "run").glob("*.json"):
         assert str(folder.parent) not in path.read_text(encoding="utf-8"), path
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["init_from"] == "saved"
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["data"]["init_from"] == "saved" and run["started_from"] == {"model": "saved", "text encoder": None}
+    assert "| started from | model `saved` |" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_projections_that_were_trained_are_not_centred(tmp_path):

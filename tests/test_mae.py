@@ -68,6 +68,19 @@ def test_what_is_no_mae_is_refused(golden):
         mae_vision_fields({"conv1.weight": torch.ones(1), "fc.bias": torch.ones(1)})
     with pytest.raises(CheckpointError, match="rel_pos_bias: no parameter of a MAE ViT"):
         inflate_mae({**mae, "rel_pos_bias": torch.ones(2)}, config)
+    for changed, message in (
+        (
+            {"blocks.0.attention.qkv.weight": torch.ones(144, 48)},
+            "blocks.0.attention.qkv.weight: no parameter of a MAE",
+        ),
+        ({"norm.bias": torch.ones(48, dtype=torch.int64)}, "norm.bias: whole numbers"),
+        ({"norm.bias": torch.full((48,), torch.inf)}, "norm.bias: NaN or infinite"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            inflate_mae({**mae, **changed}, config)
+    for name in ("norm.weight", "blocks.0.mlp.fc1.weight", "pos_embed"):
+        with pytest.raises(CheckpointError, match=rf"{name} is \(\); a MAE ViT has"):
+            mae_vision_fields({**mae, name: torch.tensor(1.0)})
     with pytest.raises(CheckpointError, match=r"pos_embed is \(1, 196, 48\); expected .* square"):
         inflate_mae({**mae, "pos_embed": mae["pos_embed"][:, 1:]}, config)
 

@@ -12,14 +12,19 @@ from training_fvlm.organ_losses import OrganLossRow
 RUN = {
     "num_parameters": 1234567,
     "recipe": {"name": "my_recipe", "version": 3},
-    "data": {"data": "/somewhere/private/ct", "shuffle_captions": False},
+    "data": {"data": "/somewhere/private/ct", "shuffle_captions": False, "flip_axes": [], "flip_probability": 0.2},
+    "started_from": {"model": None, "text encoder": None},
     "data_name": "ct",
     "data_rows": {"train": 2400, "validation": 300},
     "training": {
         "optim": "adamw_torch",
         "learning_rate": 2e-3,
         "weight_decay": 0.05,
+        "weight_decay_everywhere": False,
+        "lr_schedule": "trainer",
         "lr_scheduler_type": "cosine",
+        "warmup_start_lr": 2e-6,
+        "min_lr": 3e-6,
         "seed": 7,
     },
     "steps": 1000,
@@ -78,6 +83,27 @@ def test_limits_data_and_settings_are_there_and_the_path_is_not():
 def test_front_matter_is_what_the_hub_reads():
     front = yaml.safe_load(card_of().split("---")[1])
     assert front["license"] == "apache-2.0" and front["library_name"] == "transformers" and "ct" in front["tags"]
+
+
+@pytest.mark.parametrize("what", ["model", "text encoder"])
+def test_weights_of_others_keep_their_licence(what):
+    card = card_of(run={**RUN, "started_from": {**RUN["started_from"], what: "their-weights"}})
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "other" and front["license_name"]
+    assert f"| started from | {what} `their-weights` |" in card and "keep their licence" in card
+    assert "| started from | random weights |" in card_of() and "keep their licence" not in card_of()
+
+
+def test_departures_of_a_published_run_are_named():
+    run = {**RUN, "data": {**RUN["data"], "flip_axes": ["depth", "width"]}}
+    run["training"] = {**RUN["training"], "lr_schedule": "published", "weight_decay_everywhere": True}
+    card = card_of(config_of(preprocessing="published"), run)
+    assert "weight decay 0.05 on everything, published schedule from 2e-06 to 3e-06 |" in card and "cosine" not in card
+    assert "| flips | along depth, width, each with probability 0.2 |" in card
+    assert "with the published faults (`preprocessing: published`)" in card
+    plain = card_of()
+    assert "weight decay 0.05, cosine |" in plain and "| flips | none |" in plain
+    assert "by their own geometry (`preprocessing: standard`)" in plain
 
 
 def test_losses_stand_beside_chance_and_floor():

@@ -131,6 +131,13 @@ def test_one_class_and_unknown_labels_are_reported():
     assert published_finding_metrics([1.0, 0.0, 0.0], [0, 1, 1])["precision"] == 0.0
 
 
+def test_a_finding_without_any_score_is_not_measured():
+    """Zeros for all would be an AUC of 0.5, and look like a model that has learnt nothing."""
+    metrics = published_finding_metrics([math.nan] * 3, [0, 1, 1])
+    assert metrics["auc"] is None and metrics["reason"] == "no volume with a score among the 3 labelled"
+    assert published_finding_metrics([math.nan, math.nan, 0.1], [0, 1, 1])["auc"] is not None
+
+
 def test_command_prints_the_table_and_writes_every_figure(golden_dir, tmp_path, capsys):
     places = ["--scores", str(golden_dir / "res.csv"), "--labels", str(golden_dir / "valid_predicted_labels.csv")]
     assert main([*places, "--json", str(tmp_path / "new" / "out.json")]) == 0
@@ -182,6 +189,9 @@ def test_good_files_are_read(tmp_path):
         (0, "0.25", "high", r"s.csv: b, 'lung_Nodule_.*': 'high' is no number; a score is empty or a probability"),
         (0, "0.25", "1.25", "'1.25' is no probability"),
         (0, "0.25", "inf", "'inf' is no probability"),
+        (0, "0.25", "0.2_5", "'0.2_5' is no number"),
+        (0, "0.25", "x" * 1000, r"'x{56} \.\.\.' is no number"),
+        (1, "b,0,1", "b,0,0_1", "label '0_1' is neither"),
         (1, "b,0,1", "b,0,yes", "l.csv: b, 'Nodule': label 'yes' is neither 0 nor 1"),
         (1, "b,0,1", "b,0,", "label '' is neither"),
         (1, "b,0,1", "b,0,-1", "label '-1' is neither"),
@@ -205,3 +215,21 @@ def test_unreadable_files_are_named(tmp_path, capsys):
     for scores in ("s.csv", "none.csv"):
         assert main(["--scores", str(tmp_path / scores), "--labels", str(tmp_path / "l.csv")]) == 1
         assert re.search(rf"{scores} cannot be read as CSV", capsys.readouterr().err)
+
+
+def test_what_is_labelled_but_not_scored_is_counted(tmp_path, capsys):
+    texts = (GOOD[0], "VolumeName,Big heart,Nodule,Effusion\nb,0,1,0\na,1,0,0\nunused,0,0,1\n")
+    for name, text in zip(("s.csv", "l.csv"), texts):
+        (tmp_path / name).write_text(text)
+    given = ["--scores", str(tmp_path / "s.csv"), "--labels", str(tmp_path / "l.csv")]
+    assert main([*given, "--json", str(tmp_path / "out.json")]) == 0
+    expected = {"num_volumes": 1, "findings": ["Effusion"]}
+    assert json.loads((tmp_path / "out.json").read_text())["labelled_without_scores"] == expected
+    assert "labelled, but without scores: 1 volumes, 1 findings ['Effusion']" in capsys.readouterr().out
+
+
+def test_a_place_where_no_file_can_be_is_told_first(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for place, message in ((tmp_path, "is a folder; name a file in it"), (tmp_path / "file" / "o", "cannot be made")):
+        assert main(["--scores", "none.csv", "--labels", "none.csv", "--json", str(place)]) == 1
+        assert message in capsys.readouterr().err

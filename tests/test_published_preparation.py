@@ -10,21 +10,25 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from evaluation_samples import tiny_manifest
 from tiny_release import arrays, save_nifti
-from tiny_scan import AFFINE, tiny_config, tiny_scan
+from tiny_scan import AFFINE, tiny_config, tiny_scan, tiny_tokenizer
 from tiny_split import ORGANS, SPACING
 
 from data_builders.__main__ import main
+from evaluation_fvlm.embedding import embed_split
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.split import check_split_matches
-from modeling_fvlm import FVLMConfig, FVLMImageProcessor, published_preparation
+from modeling_fvlm import FVLMConfig, FVLMImageProcessor, FVLMModel, FVLMProcessor, published_preparation
 from modeling_fvlm.geometry import AIR_HU, BadVolumeError, crop_or_pad, organ_box, resampled_shape, window_volume
 from modeling_fvlm.organs import load_organ_set, organ_label_table
-from modeling_fvlm.processed_split import decode_volume
-from modeling_fvlm.reading import volume_from_array
+from modeling_fvlm.pipeline_fvlm import FVLMZeroShotPipeline
+from modeling_fvlm.preparation import padding_hu
+from modeling_fvlm.processed_split import decode_volume, encode_array
+from modeling_fvlm.reading import read_nifti_mask, volume_from_array
 from training_fvlm.arguments import SettingsError
-from training_fvlm.data import SplitDescription, check_against_recipe, read_description
+from training_fvlm.data import SplitDescription, check_against_recipe, check_padding, read_description
 
 NUMBERS = (1, 2, 3)  # plain; unequal spacings in the plane; turned on the table, with a slope of 0.5
 CONFIG = FVLMConfig(preprocessing="published")
@@ -216,6 +220,37 @@ def test_spacing_is_the_true_one(shared_dir, prepared):
         expected = np.linalg.norm(affine[:3, :3], axis=0)[::-1]  # the header's columns are x, y, z
         np.testing.assert_allclose(prepared[number][0].spacing, expected, rtol=1e-5)
     assert prepared[2][0].spacing[2] == pytest.approx(0.8), "1.2 mm in x were resampled by the 1.5 mm of y"
+
+
+def test_the_evaluation_takes_published_scans(shared_dir, prepared):
+    """Their voxels are not of the config's size, on purpose; a standard split of such voxels would be refused."""
+    rows = [
+        {"patient_id": "p", "scan_id": "s", "recon_id": name_of(number), "labels": [], "spacing": list(scan.spacing)}
+        | {"volume": encode_array(scan.volume), "mask": encode_array(scan.mask), "shape": list(scan.volume.shape)}
+        for number, (scan, _) in prepared.items()
+        if number in (2, 3)
+    ]
+    sizes = {"volume_size": SIZE, "patch_size": (16, 16, 32), "feature_levels": (0,)}
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    settings = {"vision_config": {**sizes, **tiny}, "spacing": (3.0, 1.0, 1.0), "margin_voxels": (5, 20, 20)}
+    torch.manual_seed(0)
+    model = FVLMModel(tiny_config(preprocessing="published", **settings))
+    embeddings = embed_split(model, Dataset.from_list(rows))
+    assert embeddings.is_present.any(axis=1).all() and np.abs(embeddings.image_embeds).sum() > 0
+    model = FVLMModel(tiny_config(**settings))
+    with pytest.raises(EvaluationError, match=r"stored at spacing \[3.0, 1.2521, 0.8\] mm"):
+        embed_split(model, Dataset.from_list(rows))
+
+
+def test_what_repair_header_cannot_cut_off_is_refused(shared_dir):
+    stored, row = np.zeros((2, 3, 4), np.int16), metadata(shared_dir, 1)
+    published_preparation.repair_header(stored.astype(">i2"), **row)
+    for dtype in (np.float32, np.int32, np.uint16):
+        with pytest.raises(BadVolumeError, match=f"stored is {np.dtype(dtype)}, not int16"):
+            published_preparation.repair_header(stored.astype(dtype), **row)
+    for name, value in (("rescale_slope", np.nan), ("position", [0, np.inf, 0]), ("orientation", [1, 0, 0])):
+        with pytest.raises(BadVolumeError, match=f"{name} must be . finite, got"):
+            published_preparation.repair_header(stored, **{**row, name: value})
 
 
 # Plausible wrong ports. Each must be seen, in the stage and the volume that can tell.
@@ -421,6 +456,58 @@ def test_what_the_preset_cannot_read_is_refused(tmp_path):
         processor.prepare(hu, np.zeros_like(labels), AFFINE)
 
 
+def test_a_volume_that_has_been_turned_is_refused(tmp_path):
+    hu, labels = tiny_scan()
+    processor = FVLMImageProcessor.from_config(tiny_config(preprocessing="published"))
+    mask = nibabel.Nifti1Image(labels, AFFINE)
+    nibabel.save(mask, tmp_path / "mask.nii.gz")
+    for name, pair in (
+        ("volume", (volume_from_array(hu, AFFINE), labels)),
+        ("mask", (hu, read_nifti_mask(tmp_path / "mask.nii.gz"))),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: a `Volume` has been turned.*Give the path, or array and affine"):
+            processor.prepare(*pair, AFFINE)
+
+
+def test_what_lies_outside_a_published_scan_is_nothing_wherever_it_is_cut():
+    """Crop, pipeline and evaluation: padding is 0 after windowing. Air is not, and stays the standard's."""
+    windows = [{"hu_min": -1150.5, "hu_max": 350.0, "mean": 0.0, "std": 1.0}]
+    assert [padding_hu(windows, is_published) for is_published in (True, False)] == [-1151, AIR_HU]
+    hu, labels = tiny_scan()
+    for preprocessing, outside in (("published", -1151), ("standard", AIR_HU)):
+        config = tiny_config(preprocessing=preprocessing, windows=windows, spacing=(4.0, 2.0, 2.0))
+        processor = FVLMProcessor.from_config(config, tiny_tokenizer())
+        affine = np.diag([-2.0, -2.0, 4.0, 1.0])
+        scan = processor.image_processor.prepare(hu, labels, affine)
+        # As a scan of another crop would come, smaller than this one.
+        part = tuple(slice(0, edge) for edge in (5, 12, 32))
+        scan = type(scan)(scan.volume[part], scan.mask[part], scan.spacing, scan.box)
+        crop, _, _ = processor.image_processor.crop(scan)
+        assert (crop[0] == outside).all() and crop.shape == (8, 12, 32)
+        is_zero = bool((window_volume(crop, windows)[0, 0] == 0).all())
+        assert is_zero == (preprocessing == "published")
+
+        pipe = FVLMZeroShotPipeline(model=FVLMModel(config), processor=processor)
+        processor.image_processor.prepare = lambda *_, scan=scan: scan
+        findings = [{"finding": "F", "organ": "heart", "positive": ["nodule"], "negative": ["no nodule"]}]
+        (window,) = pipe.preprocess({"volume": hu, "mask": labels, "affine": affine}, findings)["crops"]
+        assert (window["volume"][0, 0] == outside).all()
+
+        row = {"patient_id": "p", "scan_id": "s", "recon_id": "r", "labels": [], "spacing": list(config.spacing)}
+        row |= {"volume": encode_array(np.ascontiguousarray(scan.volume)), "shape": list(scan.volume.shape)}
+        row |= {"mask": encode_array(np.ascontiguousarray(scan.mask))}
+        model, seen = FVLMModel(config), []
+        forward = model.get_organ_features
+
+        def watched(volume, forward=forward, seen=seen, **rest):
+            seen.append(volume)
+            return forward(volume=volume, **rest)
+
+        model.get_organ_features = watched
+        embed_split(model, Dataset.from_list([row]), organs=["heart"])
+        assert (seen[0][0, 0] == outside).all()
+
+
 def published_source(folder):
     """Two scans in LPS for the folder builder; the second's mask is stored upside down."""
     volume, mask = arrays()
@@ -440,7 +527,9 @@ def test_a_builder_prepares_and_captions_as_published_and_says_so(tmp_path, caps
     assert main(["folder", *options, "--preprocessing", "published"]) == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["settings"]["preprocessing"] == "published"
-    assert read_description(str(tmp_path / "out")).preprocessing == "published"
+    assert (manifest["settings"]["padded_to"], manifest["settings"]["padding_hu"]) == (list(SIZE), -1150)
+    described = read_description(str(tmp_path / "out"))
+    assert (described.preprocessing, described.padded_to, described.padding_hu) == ("published", SIZE, -1150)
     assert [(entry["case"], "not on one grid" in entry["reason"]) for entry in manifest["skipped"]] == [("p2", True)]
     (row,) = pq.read_table(tmp_path / "out" / "volumes" / "train-00000-of-00001.parquet").to_pylist()
     paths = [tmp_path / folder / "p1.nii.gz" for folder in ("volumes", "masks")]
@@ -457,6 +546,7 @@ def test_a_builder_prepares_and_captions_as_published_and_says_so(tmp_path, caps
     }
     card = (tmp_path / "out" / "README.md").read_text()
     assert "preprocessing: published" in card and "one less above" in card
+    assert "padded to\n  112 x 256 x 352 voxels with -1150 HU" in card
     # The same folder cannot be continued the other way.
     assert main(["folder", *options]) != 0
     assert "preprocessing: published there, standard here" in " ".join(capsys.readouterr().err.split())
@@ -464,6 +554,7 @@ def test_a_builder_prepares_and_captions_as_published_and_says_so(tmp_path, caps
     assert main(["folder", *options]) == 0
     manifest = json.loads((tmp_path / "right" / "manifest.json").read_text())
     assert manifest["settings"]["preprocessing"] == "standard" and not manifest["skipped"]
+    assert "padded_to" not in manifest["settings"]
     (row, _) = pq.read_table(tmp_path / "right" / "volumes" / "train-00000-of-00001.parquet").to_pylist()
     captions = {entry["organ"]: (entry["caption"], entry["is_abnormal"]) for entry in row["captions"]}
     assert captions["lung"] == ("It's clear (no nodule)", False) and captions["aorta"][0] == "Wide."
@@ -482,7 +573,8 @@ def test_a_recipe_or_a_model_of_the_other_way_is_refused():
             check_against_recipe(built["published"], silent, "split")
 
     organs = tiny_manifest()["settings"]["organ_set"]["organs"]
-    config = {name: tiny_config(organs=organs, spacing=(3.0, 1.0, 1.0), preprocessing=name) for name in built}
+    geometry = {"organs": organs, "spacing": (3.0, 1.0, 1.0), "margin_voxels": (5, 20, 20)}
+    config = {name: tiny_config(preprocessing=name, **geometry) for name in built}
     check_split_matches(tiny_manifest(), config["standard"], "split")  # a manifest from before there was a choice
     for name in built:
         check_split_matches(tiny_manifest(preprocessing=name), config[name], "split")
@@ -490,3 +582,53 @@ def test_a_recipe_or_a_model_of_the_other_way_is_refused():
         check_split_matches(tiny_manifest(), config["published"], "split")
     with pytest.raises(EvaluationError, match="prepared with preprocessing 'published', the model reads 'standard'"):
         check_split_matches(tiny_manifest(preprocessing="published"), config["standard"], "split")
+
+
+def test_a_split_padded_for_another_model_is_refused():
+    built = SplitDescription("tiny", ORGANS, {}, SPACING, (1, 2, 2), "published", SIZE, -1150)
+    check_against_recipe(built, {"preprocessing": "published"}, "split")
+    small = {"preprocessing": "published", "vision_config": {"volume_size": [8, 16, 32]}}
+    with pytest.raises(SettingsError, match=r"pads to \(8, 16, 32\) voxels.*padded_to \(112, 256, 352\)"):
+        check_against_recipe(built, small, "split")
+    bone = {"preprocessing": "published", "windows": [{"hu_min": -1000, "hu_max": 1600, "mean": "auto", "std": "auto"}]}
+    with pytest.raises(SettingsError, match="pads to -1000 HU.*padding_hu -1150"):
+        check_against_recipe(built, bone, "split")
+    standard = SplitDescription("tiny", ORGANS, {}, SPACING, (1, 2, 2))
+    check_padding(standard, (8, 16, 32), bone["windows"], "a model")
+
+    organs = tiny_manifest()["settings"]["organ_set"]["organs"]
+    geometry = {"organs": organs, "spacing": (3.0, 1.0, 1.0), "margin_voxels": (5, 20, 20)}
+    manifest = tiny_manifest(preprocessing="published", padded_to=list(SIZE), padding_hu=-1150)
+    check_split_matches(manifest, FVLMConfig(preprocessing="published", **geometry), "split")
+    with pytest.raises(EvaluationError, match=r"padded_to is \[112, 256, 352\] voxels.* pads to \[8, 12, 32\]"):
+        check_split_matches(manifest, tiny_config(preprocessing="published", **geometry), "split")
+    with pytest.raises(EvaluationError, match="padding_hu is -1150 HU.* pads to -1000"):
+        windows = [{"hu_min": -1000.0, "hu_max": 350.0, "mean": 0.0, "std": 1.0}]
+        check_split_matches(manifest, FVLMConfig(preprocessing="published", windows=windows, **geometry), "split")
+
+
+def test_a_split_of_another_margin_or_other_classes_is_refused():
+    organ_set = load_organ_set("chest_4")
+    config = FVLMConfig()
+
+    def manifest(classes=organ_set.classes, **settings):
+        named = {"name": "chest_4", "organs": list(organ_set.organs), "classes": classes}
+        return tiny_manifest(organ_set=named, **settings)
+
+    check_split_matches(manifest(), config, "split")
+    old = manifest(classes={})
+    del old["settings"]["margin_voxels"], old["settings"]["organ_set"]["classes"]
+    check_split_matches(old, config, "split")
+    with pytest.raises(EvaluationError, match=r"margin of \[0, 20, 20\] voxels .*--margin 5 20 20"):
+        check_split_matches(manifest(margin_voxels=[0, 20, 20]), config, "split")
+    # A plain list stands for every numbering; the order of classes means nothing.
+    plain = {**organ_set.classes, "esophagus": ["esophagus"]}
+    check_split_matches(manifest(plain), config, "split")
+    check_split_matches(
+        manifest({**organ_set.classes, "lung": {key: names[::-1] for key, names in organ_set.classes["lung"].items()}}),
+        config,
+        "split",
+    )
+    part = {**organ_set.classes, "lung": ["lung_upper_lobe_left"]}
+    with pytest.raises(EvaluationError, match="organ 'lung' is made of .'lung_upper_lobe_left'. .*the model's of"):
+        check_split_matches(manifest(part), config, "split")

@@ -230,6 +230,18 @@ def test_other_settings_do_not_continue_a_build(release, tmp_path, monkeypatch, 
     assert contents(out) == before
 
 
+def test_a_build_from_before_a_setting_existed_continues(split, release, tmp_path, capsys):
+    out = tmp_path / "split"
+    assert main(command(release, out)) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["settings"].pop("preprocessing") == "standard"
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert main(command(release, out, "--preprocessing", "published")) == 2
+    assert "preprocessing: standard there, published here" in " ".join(capsys.readouterr().err.split())
+    assert main(command(release, out)) == 0
+    assert contents(out) == contents(split)
+
+
 def test_a_changed_source_does_not_continue_a_build(tmp_path, capsys):
     source, out = ct_rate_release(tmp_path / "release", NAMES[:2]), tmp_path / "split"
     assert main(command(source, out, "--splits", "train")) == 0

@@ -1,5 +1,6 @@
 """Pretrained text encoders load whole, in every layout they are published in, and run no code of theirs."""
 
+import json
 import os
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import BertForMaskedLM, BertModel, DistilBertConfig, DistilBer
 
 from modeling_fvlm import FVLMModel
 from training_fvlm.arguments import SettingsError
-from training_fvlm.text import load_text_encoder, put_text_encoder, read_text_encoder
+from training_fvlm.text import check_vocabulary, load_text_encoder, put_text_encoder, read_text_encoder
 
 SENTENCES = ["No lung nodule.", "Heart.", "Emphysema shows no significant abnormalities."]
 
@@ -94,6 +95,45 @@ def test_what_is_not_whole_is_refused(tmp_path):
         file.write("\nextra")
     with pytest.raises(SettingsError, match="its tokenizer has 20 tokens, its word embeddings 19 rows"):
         read_text_encoder(str(tmp_path / "small"))
+
+
+def test_layers_beyond_the_config_are_not_lost_where_names_have_no_prefix(tmp_path):
+    random_bert(BertModel, num_hidden_layers=3).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(SettingsError, match="encoder does not: encoder.layer.2.attention.output.LayerNorm.bias"):
+        read_text_encoder(str(tmp_path))
+
+
+def test_an_encoder_without_its_vocabulary_is_refused(tmp_path):
+    save_cxr_bert(tmp_path / "cxr")
+    (tmp_path / "cxr" / "vocab.txt").unlink()
+    random_bert(BertModel).save_pretrained(tmp_path / "bert")
+    for name in ("cxr", "bert"):
+        with pytest.raises(SettingsError, match=f"{name}: there is no vocabulary there, only 5 special tokens"):
+            read_text_encoder(str(tmp_path / name))
+    save_cxr_bert(tmp_path / "padded", vocab_size=19)
+    tokenizer = read_text_encoder(str(tmp_path / "padded")).tokenizer
+    check_vocabulary(tokenizer, "here", 128)  # a table padded for speed
+    with pytest.raises(SettingsError, match="here: its tokenizer has 19 tokens, its word embeddings 129 rows"):
+        check_vocabulary(tokenizer, "here", 129)
+
+
+def test_broken_configs_and_tokenizers_are_named(tmp_path):
+    save_bert(tmp_path)
+    tokenizer, config = (tmp_path / name for name in ("tokenizer.json", "config.json"))
+    for file, words in (
+        (tokenizer, '{"model": {"type": "of tomorrow"}}'),
+        (config, json.dumps(json.loads(config.read_text()) | {"num_attention_heads": "two"})),
+        (config, "[]"),
+    ):
+        before = file.read_text()
+        file.write_text(words)
+        with pytest.raises(SettingsError, match="cannot be loaded: "):
+            read_text_encoder(str(tmp_path))
+        file.write_text(before)
+    read_text_encoder(str(tmp_path))
 
 
 def test_an_unknown_model_type_that_is_no_bert_is_refused(tmp_path):

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_split import ORGANS, TINY_RECIPE, tiny_row, write_tiny_split
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, TrainingArguments
 
 import train_fvlm
 from modeling_fvlm.organs import load_organ_set
@@ -172,10 +172,56 @@ def test_a_stopped_run_continues_to_the_same_weights(work, capsys):
         (["--train_split", "validation"], "--train_split: 'validation' here, 'train' there"),
         (["--shuffle_captions"], "--shuffle_captions: True here, False there"),
         (["--per_device_train_batch_size", "2"], "--per_device_train_batch_size: 2 here, 4 there"),
+        (["--data_seed", "9"], "--data_seed: 9 here, 'None' there"),
+        (["--flip_axes", "depth"], "--flip_axes: ['depth'] here, [] there"),
+        (["--gradient_accumulation_steps", "2"], "--gradient_accumulation_steps: 2 here, 1 there"),
     ):
         assert train_fvlm.main([*newest, *words]) == 2
         assert message in capsys.readouterr().err
     assert (work / "run" / "run.json").read_text() == before
+
+
+def test_every_setting_that_steps_hang_on_is_compared_at_a_resume(tmp_path):
+    settings = settings_of(tmp_path=tmp_path)
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    saved = json.loads(json.dumps(train_fvlm.resolved_settings(settings), default=str))
+    (tmp_path / "run" / "run.json").write_text(json.dumps(saved))
+    train_fvlm.check_same_run(settings, str(checkpoint))
+    for words in (
+        *(["--data", "e"], ["--train_split", "x"], ["--shuffle_captions"], ["--max_train_rows", "50"]),
+        *(["--random_crop", "false"], ["--flip_axes", "depth"], ["--flip_probability", "0.9"], ["--seed", "7"]),
+        *(["--data_seed", "9"], ["--train_sampling_strategy", "sequential"], ["--per_device_train_batch_size", "2"]),
+        *(["--gradient_accumulation_steps", "4"], ["--lr_schedule", "published"], ["--warmup_start_lr", "1e-7"]),
+        *(["--min_lr", "1e-7"], ["--weight_decay_everywhere"], ["--skip_inactive_organs"]),
+        ["--published_gradient_scale"],
+    ):
+        with pytest.raises(SettingsError, match=rf"other settings \({words[0]}: .* here, .* there\)"):
+            train_fvlm.check_same_run(settings_of(*words, tmp_path=tmp_path), str(checkpoint))
+    train_fvlm.check_same_run(settings_of("--max_steps", "99", tmp_path=tmp_path), str(checkpoint))
+    for section in ("data", "training"):  # a run.json from before these were written
+        saved[section] = {}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(saved))
+    train_fvlm.check_same_run(settings_of("--flip_axes", "depth", tmp_path=tmp_path), str(checkpoint))
+
+
+def test_organs_cannot_be_skipped_where_that_crashes_or_does_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # as `accelerate launch` hands it over; or --fp16
+    with pytest.raises(SettingsError, match="--skip_inactive_organs and --fp16 exclude each other"):
+        settings_of("--skip_inactive_organs", tmp_path=tmp_path)
+    settings_of(tmp_path=tmp_path)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    args = settings_of("--skip_inactive_organs", tmp_path=tmp_path).training
+    plain = TrainingArguments.__post_init__
+
+    def under_deepspeed(self):
+        plain(self)
+        self.deepspeed_plugin = object()  # what `accelerate launch --use_deepspeed` or --deepspeed leave there
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", under_deepspeed)
+    with pytest.raises(SettingsError, match="--skip_inactive_organs has no effect under DeepSpeed"):
+        type(args)(output_dir=str(tmp_path), per_device_train_batch_size=4, skip_inactive_organs=True)
+    type(args)(output_dir=str(tmp_path), per_device_train_batch_size=4)
 
 
 def tiny_command(work, name: str) -> list[str]:

@@ -239,6 +239,9 @@ def test_row_spacing_may_differ_by_the_voxel_that_resampling_rounds_off(task):
     rows = tiny_rows()
     rows[0]["spacing"] = [3.0 * 5.9 / 5, 1.0, 1.0]  # 17.7 mm on five whole voxels, four of them stored
     evaluate_split(tiny_model(), tiny_tokenizer(), Dataset.from_list(rows), [task])
+    rows[0]["spacing"] = [2.5, 1.0, 1.0]  # what does not fit is cut off: voxels only grow
+    with pytest.raises(EvaluationError, match=r"stored at spacing \[2.5, 1.0, 1.0\] mm"):
+        evaluate_split(tiny_model(), tiny_tokenizer(), Dataset.from_list(rows), [task])
 
 
 def test_first_reconstruction_of_every_scan():

@@ -14,6 +14,7 @@ data is read. `--model.a.b VALUE` reaches into the model section; `--training.x`
 import argparse
 import difflib
 import inspect
+import json
 import os
 import re
 import textwrap
@@ -81,7 +82,8 @@ class DataArguments:
             "help": "Start from a folder that `python -m training_fvlm.convert` or an earlier training wrote: its "
             "architecture, weights, text encoder and tokenizer. Organs must be the split's (another order is brought "
             "into line by name). The model section may then change only what holds no weights: dropouts, limits of the "
-            "temperature, organ_reduction, completeness, windows and the like."
+            "temperature, organ_reduction, completeness, windows and the like. With --resume_from_checkpoint the "
+            "folder must still be there: the architecture is read from it."
         },
     )
     train_split: str = field(default="train", metadata={"help": "Name of the split to train on."})
@@ -265,6 +267,16 @@ class FVLMTrainingArguments(TrainingArguments):
             )
         if self.lr_schedule == "published" and self.learning_rate == 0:
             raise SettingsError("--learning_rate 0 leaves --lr_schedule published nothing to rise to.")
+        if self.skip_inactive_organs and self.mixed_precision == "fp16":
+            raise SettingsError(
+                "--skip_inactive_organs and --fp16 exclude each other: where no organ enters a step there is no "
+                "gradient, and the loss scaler of fp16 has nothing to check. Use --bf16, or leave one of them out."
+            )
+        if self.skip_inactive_organs and self.deepspeed_plugin is not None:
+            raise SettingsError(
+                "--skip_inactive_organs has no effect under DeepSpeed, which steps within the backward pass: leave it "
+                "out, or train without DeepSpeed."
+            )
         if self.group_size < 2:
             raise SettingsError(
                 "--per_device_train_batch_size 1 on one process contrasts a patient with nobody: use at least 2."
@@ -509,6 +521,38 @@ def _number(window: dict[str, Any], key: str, when_auto: float) -> Any:
     return when_auto if value == "auto" else value
 
 
+def read_folder_config(folder: str | Path, option: str) -> FVLMConfig:
+    """Read the config of an fVLM's folder.
+
+    Args:
+        folder: What the user gave.
+        option: The option it was given with, for messages.
+
+    Raises:
+        SettingsError: If there is none, it cannot be read, or it is another model's.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise SettingsError(
+            f"{option} {folder}: no config.json there. Give a folder that `python -m training_fvlm.convert` or "
+            "train_fvlm.py wrote."
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{option} {folder}: config.json cannot be read: {error}") from error
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if model_type != FVLMConfig.model_type:
+        raise SettingsError(
+            f"{option} {folder} holds a model of type {model_type!r}, not fvlm. A text encoder alone goes into "
+            "model.text_encoder.pretrained."
+        )
+    try:
+        return FVLMConfig.from_pretrained(folder)
+    except Exception as error:  # strict dataclasses raise errors of their own that are no ValueError
+        raise SettingsError(f"{option} {folder}: config.json makes no model: {error}") from error
+
+
 def has_auto_windows(model: dict[str, Any]) -> bool:
     """True if the mean or std of some window is to be measured on the training volumes."""
     return any("auto" in (window.get("mean"), window.get("std")) for window in model.get("windows") or ())
@@ -527,7 +571,10 @@ def _checkpoint_to_resume(training: FVLMTrainingArguments) -> str | None:
         return None
     if str(named).lower() in ("true", "auto"):
         if newest is None and str(named).lower() == "true":
-            raise SettingsError(f"--resume_from_checkpoint {named}: there is no checkpoint in {training.output_dir}.")
+            raise SettingsError(
+                f"--resume_from_checkpoint {named}: there is no checkpoint in {training.output_dir} (--save_steps says "
+                "when there will be one). `auto` starts afresh in that case."
+            )
         return newest
     if not (Path(named) / "trainer_state.json").is_file():
         raise SettingsError(f"--resume_from_checkpoint {named} is no checkpoint: it holds no trainer_state.json.")

@@ -42,6 +42,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     state_dict = _read_safetensors(path) if path.suffix == ".safetensors" else _find_state_dict(_read_torch(path), path)
     if not state_dict:
         raise CheckpointError(f"{path} holds no tensors.")
+    if sparse := [name for name, tensor in state_dict.items() if tensor.layout != torch.strided]:
+        raise CheckpointError(f"{path}: {listed(sparse)}: sparse tensors. Save them dense (`tensor.to_dense()`).")
     if all(name.startswith(DATA_PARALLEL_PREFIX) for name in state_dict):
         state_dict = {name.removeprefix(DATA_PARALLEL_PREFIX): tensor for name, tensor in state_dict.items()}
     return state_dict
@@ -59,6 +61,18 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
+def refuse_non_finite(state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse weights with a NaN or an infinity: every embedding would be NaN.
+
+    Raises:
+        CheckpointError: With the names of such tensors.
+    """
+    # The extremes tell, and a mask of every weight would take memory: a NaN is both of them.
+    extremes = {name: torch.stack(tensor.aminmax()) for name, tensor in state_dict.items() if tensor.numel()}
+    if broken := [name for name, both in extremes.items() if not both.isfinite().all()]:
+        raise CheckpointError(f"{listed(broken)}: NaN or infinite weights. The training that saved them had diverged.")
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -73,6 +87,11 @@ def _read_torch(path: Path) -> Any:
             is_zip = file.read(4) == b"PK\x03\x04"  # torch.save since 1.6; older files cannot be mapped
         if is_zip and not zipfile.is_zipfile(path):
             raise CheckpointError(f"{path} is cut off: its table of contents, at the end, is missing. Get it again.")
+        if is_zip and _is_torchscript(path):
+            raise CheckpointError(
+                f"{path} is a TorchScript archive, a program with its weights, and is not opened. Save the weights "
+                "alone: `torch.save(model.state_dict(), FILE)`."
+            )
         # MAE's trainer saves its command line beside the weights. A Namespace is attributes and nothing else.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
@@ -80,9 +99,9 @@ def _read_torch(path: Path) -> Any:
         # torch's own message advises weights_only=False, which would run the code.
         if found := re.search(r"GLOBAL ([\w.]+)|unrecognized function (\S+)", str(error)):
             raise CheckpointError(
-                f"{path} is a pickle that asks for {found[1] or found[2]}: opening it would run code that the file "
-                "names, so it is refused. Get the weights as .safetensors, or as a .pth that holds tensors and plain "
-                "values only."
+                f"{path} is a pickle that asks for {found[1] or found[2]}, which is no tensor or plain value, so it is "
+                "not opened: a pickle may run code. Get the weights as .safetensors, or as a .pth that holds tensors "
+                "and plain values only."
             ) from error
         raise CheckpointError(f"{path} is damaged, or a pickle of more than tensors and plain values.") from error
     except CheckpointError:
@@ -91,6 +110,11 @@ def _read_torch(path: Path) -> Any:
     except (RuntimeError, EOFError, OSError, LookupError, AttributeError, TypeError, ValueError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise CheckpointError(f"{path} is damaged, cut off, or no file of weights ({reason}).") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_fvlm.captions import encode_captions
 from modeling_fvlm.configuration_fvlm import AXES, FVLMConfig
-from modeling_fvlm.geometry import AIR_HU, crop_inside, crop_or_pad, crop_start, organ_token_mask, organs_in_crop
+from modeling_fvlm.geometry import crop_inside, crop_or_pad, crop_start, organ_token_mask, organs_in_crop
+from modeling_fvlm.preparation import padding_hu
 from modeling_fvlm.processed_split import decode_volume
 
 
@@ -46,6 +47,7 @@ class FVLMCollator:
         self.organs = list(config.organs)
         self.volume_size = tuple(config.vision_config.volume_size)
         self.patch_size = tuple(config.vision_config.patch_size)
+        self.padding_hu = padding_hu(config.windows, config.preprocessing == "published")
         self.max_text_length = config.max_text_length
         self.completeness = config.completeness
         self.min_organ_voxels = config.min_organ_voxels
@@ -95,7 +97,7 @@ class FVLMCollator:
         inside = crop_inside(mask.shape, start, self.volume_size)
         num_organs = len(self.organs)
         is_whole = organs_in_crop(mask, inside, num_organs, self.completeness, self.min_organ_voxels)
-        volume = crop_or_pad(volume, start, self.volume_size, AIR_HU)
+        volume = crop_or_pad(volume, start, self.volume_size, self.padding_hu)
         mask = crop_or_pad(mask, start, self.volume_size, 0)
         # (3)
         if self.is_random and self.flip_axes:

@@ -4,6 +4,8 @@ The released chest model, with the vocabulary of CXR-BERT (its folder, its Hub i
     python -m training_fvlm.convert --weights fvlm_ct_rate.pth --vocab vocab.txt --out models/fvlm
     python -m training_fvlm.convert --weights fvlm_ct_rate.pth \\
         --tokenizer microsoft/BiomedVLP-CXR-BERT-specialized --out models/fvlm
+To train on with the recipe published_chest_4, or for scans prepared as its own were, faults included, add
+`--preprocessing published`.
 
 Weights of a fork with 24 organs that counts an organ from 100 voxels on:
     python -m training_fvlm.convert --weights fork.pth --vocab vocab.txt --organs body_24 \\
@@ -14,6 +16,7 @@ The published start of a training: MAE weights in the image tower, any text enco
     python -m training_fvlm.convert --mae mae_pretrain_vit_base.pth \\
         --text_encoder microsoft/BiomedVLP-CXR-BERT-specialized --organs body_24 --out models/start
     python train_fvlm.py --init_from models/start ...
+The published run itself: the same with `--organs chest_4 --preprocessing published` and the recipe published_chest_4.
 
 Back to the published names, bit by bit (`{"model": load_file("fvlm.safetensors")}` is what the published code reads):
     python -m training_fvlm.convert --back models/fvlm --out fvlm.safetensors
@@ -25,24 +28,28 @@ at all. Research only, not for diagnosis.
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from modeling_fvlm import FVLMConfig, FVLMModel, FVLMProcessor, load_organ_set
 from modeling_fvlm.pipeline_fvlm import save_for_hub
 
-from .arguments import SettingsError
+from .arguments import SettingsError, read_folder_config
 from .checkpoint_file import CheckpointError, listed, read_state_dict, sha256
 from .mae import inflate_mae, mae_left_behind, mae_vision_fields
-from .model_card import LIMITS, preprocessing, table, usage
+from .model_card import Source, render_converted_card
 from .published_weights import (
     PATCH_POSITIONS,
     TOKEN_TYPES,
@@ -53,24 +60,13 @@ from .published_weights import (
     left_behind,
     to_published_state_dict,
 )
-from .text import PretrainedText, put_text_encoder, read_text_encoder
+from .text import PretrainedText, check_vocabulary, put_text_encoder, read_text_encoder
 
-PUBLISHED_CODE = "alibaba-damo-academy/fvlm, commit d768ec1"
 PUBLISHED_PATCH_SIZE = (16, 16, 32)
 PUBLISHED_FEATURE_LEVELS = (3, 6, 9)
 PUBLISHED_NUM_BLOCKS = 12
 PUBLISHED_PROJECTION_DIM = 256
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file or model that went into a folder: a row of its card."""
-
-    role: str
-    name: str
-    digest: str
-    num_tensors: int
-    left_behind: list[str]
+PUBLISHED_HEADS = {"vision": 12, "text": 12, "pooling": 4}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -109,7 +105,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     text.add_argument(
         "--vocab", type=Path, metavar="FILE", help="With --weights, instead: BERT's vocab.txt, lower case."
     )
-    text.add_argument("--max_text_length", type=int, default=384, help="Longest caption in tokens (%(default)s).")
+    text.add_argument("--max_text_length", type=count, default=384, help="Longest caption in tokens (%(default)s).")
     text.add_argument(
         "--text_token_types",
         action="store_true",
@@ -123,9 +119,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="SET",
         help="Organs in the order of the weights: chest_4 (default), body_24, ..., or a YAML file of your own.",
     )
-    model.add_argument("--vision_heads", type=int, default=12, help="Attention heads of the ViT (%(default)s).")
-    model.add_argument("--text_heads", type=int, default=12, help="Of the text encoder, with --weights (%(default)s).")
-    model.add_argument("--pooling_heads", type=int, default=4, help="Of the organ pooling (%(default)s).")
+    model.add_argument("--vision_heads", type=count, default=12, help="Attention heads of the ViT (%(default)s).")
+    model.add_argument(
+        "--text_heads", type=count, default=12, help="Of the text encoder, with --weights (%(default)s)."
+    )
+    model.add_argument("--pooling_heads", type=count, default=4, help="Of the organ pooling (%(default)s).")
     model.add_argument(
         "--feature_levels",
         type=int,
@@ -171,7 +169,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="border",
         help="When an organ of a crop is whole: no voxel on a face (%(default)s), or the voxel count alone.",
     )
-    model.add_argument("--min_organ_voxels", type=int, default=1, help="Fewest voxels of a whole organ (%(default)s).")
+    model.add_argument(
+        "--min_organ_voxels", type=count, default=1, help="Fewest voxels of a whole organ (%(default)s)."
+    )
     model.add_argument(
         "--preprocessing",
         choices=("standard", "published"),
@@ -196,9 +196,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def count(word: str) -> int:
+    """A whole number from 1 on, of the command line."""
+    if not word.strip().lstrip("+").isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number from 1 on")
+    return int(word)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert as the command line says; returns the exit status."""
     args = parse_arguments(argv)
+    # A job that is told to end takes its unfinished folder with it, as one that is interrupted does.
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         if args.back is not None:
             write_back(args.back, args.out)
@@ -207,12 +216,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, processor, sources = start_model(args) if args.weights is None else published_model(args)
             with whole_or_nothing(args.out) as folder:
                 save_for_hub(model, processor, folder)
-                card = render_card(model.config, sources, is_trained=args.weights is not None)
+                card = render_converted_card(model.config, sources, is_trained=args.weights is not None)
                 (folder / "README.md").write_text(card, encoding="utf-8")
             report(model, sources, args.out)
     except (CheckpointError, SettingsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 
@@ -230,6 +241,8 @@ def published_model(args: argparse.Namespace) -> tuple[FVLMModel, FVLMProcessor,
                 f"{WORDS} has {sizes.text['vocab_size']} rows, the vocabulary of {args.tokenizer or args.vocab} has "
                 f"{len(tokenizer)} tokens. Give the vocabulary the weights were trained with."
             )
+        if (width := sizes.text["hidden_size"]) % args.text_heads:
+            raise SettingsError(f"--text_heads {args.text_heads} does not divide {width}, the width of {WORDS}.")
         config = make_config(
             args,
             vision_config=sizes.vision,
@@ -258,7 +271,7 @@ def published_model(args: argparse.Namespace) -> tuple[FVLMModel, FVLMProcessor,
             model = FVLMModel(config)
         converted = convert_published_state_dict(state_dict, config)
         check_against_model(converted, model.state_dict())
-        model.load_state_dict(converted, strict=True, assign=True)
+        model.load_state_dict(separate(converted), strict=True, assign=True)
     leftovers = left_behind(state_dict)
     source = Source("published fVLM checkpoint", args.weights.name, sha256(args.weights), len(state_dict), leftovers)
     return model, FVLMProcessor.from_config(config, tokenizer), [source]
@@ -305,15 +318,14 @@ def write_back(folder: Path, out: Path) -> None:
         raise SettingsError(f"--out {out} exists already: give a new file.")
     if out.suffix != ".safetensors":
         raise SettingsError(f"--out {out} must end in .safetensors.")
-    files = sorted(folder.glob("model*.safetensors"))
-    if not (folder / "config.json").is_file() or not files:
-        raise SettingsError(f"--back {folder} is no folder of a model: it needs config.json and model.safetensors.")
-    if (config := PreTrainedConfig.get_config_dict(folder)[0]).get("model_type") != "fvlm":
-        raise SettingsError(f"--back {folder} holds a model of type {config.get('model_type')!r}, not fvlm.")
-    config = FVLMConfig.from_pretrained(folder)
+    refuse_place_below_a_file(out)
+    config = read_folder_config(folder, "--back")
     refuse_what_published_code_lacks(config, folder)
-    state_dict = {name: tensor for file in files for name, tensor in read_state_dict(file).items()}
+    state_dict = {name: tensor for file in weight_files(folder) for name, tensor in read_state_dict(file).items()}
     with naming(folder):
+        with torch.device("meta"):
+            model = FVLMModel(config)
+        check_against_model(state_dict, model.state_dict())
         if TOKEN_TYPES in state_dict and state_dict[TOKEN_TYPES][0].any():
             raise CheckpointError(
                 f"{TOKEN_TYPES}: row 0 is not zero and belongs to every token, but the published code adds no token "
@@ -323,6 +335,51 @@ def write_back(folder: Path, out: Path) -> None:
     with whole_or_nothing(out) as unfinished:
         save_file(published, unfinished)
     print(f"{len(published)} tensors under the published names: {out}")
+    heads = {
+        "vision": config.vision_config.num_attention_heads,
+        "text": config.text_config.num_attention_heads,
+        "pooling": config.pooling_num_heads,
+    }
+    print(f"  attention heads of the published code, which no tensor tells: {described(PUBLISHED_HEADS)}")
+    if heads != PUBLISHED_HEADS:
+        print(
+            f"warning: this model has {described(heads)}. The published code gives other embeddings until its own "
+            "numbers are set to these.",
+            file=sys.stderr,
+        )
+
+
+def described(heads: Mapping[str, int]) -> str:
+    """Numbers of heads in words."""
+    return ", ".join(f"{part} {number}" for part, number in heads.items())
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files that hold the weights of a model's folder, chosen as transformers does: the whole file before shards."""
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise SettingsError(f"--back {folder} is no folder of a model: it needs model.safetensors beside config.json.")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise SettingsError(f"--back {folder}: {index.name} is damaged ({error!r}).") from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise SettingsError(f"--back {folder}: {listed(missing)} of {index.name} is not there. Get the whole folder.")
+    return [folder / name for name in names]
+
+
+def separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each with memory of its own: a file of safetensors holds no two names for one."""
+    seen: set[int] = set()
+    separated = {}
+    for name, tensor in state_dict.items():
+        storage = tensor.untyped_storage()
+        is_alone = storage.data_ptr() not in seen and storage.nbytes() == tensor.nbytes
+        separated[name] = tensor if is_alone else tensor.clone()
+        seen.add(storage.data_ptr())
+    return separated
 
 
 def refuse_what_published_code_lacks(config: FVLMConfig, folder: Path) -> None:
@@ -331,10 +388,14 @@ def refuse_what_published_code_lacks(config: FVLMConfig, folder: Path) -> None:
         f"{name} {ours!r} (published: {published!r})"
         for name, ours, published in (
             ("text_config.model_type", config.text_config.model_type, "bert"),
+            ("text_config.hidden_act", getattr(config.text_config, "hidden_act", None), "gelu"),
+            ("text_config.layer_norm_eps", getattr(config.text_config, "layer_norm_eps", None), 1e-12),
             ("text_pooling", config.text_pooling, "cls"),
             ("vision_config.token_selection", config.vision_config.token_selection, "all"),
             ("vision_config.feature_levels", list(config.vision_config.feature_levels), list(PUBLISHED_FEATURE_LEVELS)),
             ("vision_config.num_hidden_layers", config.vision_config.num_hidden_layers, PUBLISHED_NUM_BLOCKS),
+            ("vision_config.hidden_act", config.vision_config.hidden_act, "gelu"),
+            ("vision_config.layer_norm_eps", config.vision_config.layer_norm_eps, 1e-5),
         )
         if ours != published
     ]
@@ -354,8 +415,8 @@ def make_config(args: argparse.Namespace, *, vision_config: dict, text_config: d
         levels = PUBLISHED_FEATURE_LEVELS
     try:
         organ_set = load_organ_set(args.organs)
-    except (ValueError, OSError) as error:
-        raise SettingsError(f"--organs: {error}") from error
+    except (ValueError, OSError, TypeError, yaml.YAMLError) as error:
+        raise SettingsError(f"--organs {args.organs}: {error}") from error
     if args.max_text_length > text_config.get("max_position_embeddings", args.max_text_length):
         raise SettingsError(
             f"--max_text_length {args.max_text_length} is more than the text encoder's "
@@ -393,15 +454,18 @@ def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
     """The tokenizer of --vocab or --tokenizer."""
     if args.vocab is None:
         try:
-            return AutoTokenizer.from_pretrained(args.tokenizer, revision=args.revision, trust_remote_code=False)
-        except (OSError, ValueError, KeyError):
-            pass  # an unknown model type beside it, as CXR-BERT's
-        try:
-            return BertTokenizerFast.from_pretrained(args.tokenizer, revision=args.revision)
-        except (OSError, ValueError, KeyError) as error:
-            raise SettingsError(f"--tokenizer {args.tokenizer} cannot be loaded: {error}") from error
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, revision=args.revision, trust_remote_code=False)
+        # An unknown model type beside it, as CXR-BERT's; tokenizers raises errors of its own.
+        except Exception:
+            try:
+                tokenizer = BertTokenizerFast.from_pretrained(args.tokenizer, revision=args.revision)
+            except Exception as error:
+                raise SettingsError(f"--tokenizer {args.tokenizer} cannot be loaded: {error}") from error
+        check_vocabulary(tokenizer, f"--tokenizer {args.tokenizer}")
+        return tokenizer
     try:
-        words = args.vocab.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a vocabulary may hold characters that it takes for the end of a line.
+        words = args.vocab.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--vocab {args.vocab} cannot be read as text, one token a line: {error}") from error
     vocabulary = {word: index for index, word in enumerate(words)}
@@ -444,6 +508,14 @@ def refuse_used_folder(out: Path) -> None:
     """Refuse an --out that holds something already, before any work is done."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError(f"--out {out} is in use: give a new or an empty folder.")
+    refuse_place_below_a_file(out)
+
+
+def refuse_place_below_a_file(out: Path) -> None:
+    """Refuse an --out that no folder can be made for."""
+    nearest = next(parent for parent in out.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise SettingsError(f"--out {out}: {nearest} is a file, and nothing can be written below it.")
 
 
 @contextlib.contextmanager
@@ -451,95 +523,19 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
     """Yield a name beside `out` to write a file or folder under; it gets its own name when everything is written."""
     made = [parent for parent in out.absolute().parents if not parent.exists()]
     unfinished = out.absolute().with_name(f".{out.name}.{os.getpid()}.unfinished")
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
     try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
         os.replace(unfinished, out)  # an empty folder of that name gives way
     except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(unfinished, ignore_errors=True) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, SafetensorError)):  # a full disk is the one or the other
             raise SettingsError(f"--out {out} cannot be written: {error}") from error
         raise
-
-
-def render_card(config: FVLMConfig, sources: Sequence[Source], is_trained: bool) -> str:
-    """README.md of the folder: where the weights are from, what was left behind, how to feed the model.
-
-    Args:
-        config: The model's config.
-        sources: What the weights were read from.
-        is_trained: False for a start, whose organ queries and projections are fresh.
-    """
-    if is_trained:
-        state = (
-            "The weights are those of a published checkpoint under other names, bit by bit. For the same crop and "
-            f"caption the model gives what the published code ({PUBLISHED_CODE}) gives."
-        )
-    else:
-        state = (
-            "**Not trained.** The image tower starts from MAE weights inflated to 3D, the text encoder from its own. "
-            "Patch embedding, organ queries (zeros), pooling and projections are random: embeddings mean nothing "
-            "before training."
-        )
-    card = [
-        "---",
-        "license: other",
-        "license_name: that-of-the-source-weights",
-        "library_name: transformers",
-        "pipeline_tag: zero-shot-image-classification",
-        "tags: [ct, radiology, vision-language, fvlm]",
-        "---",
-        "",
-        "# fVLM: a CT volume and sentences, organ by organ",
-        "",
-        f"**{LIMITS}**",
-        "",
-        f"{state} The method: Shui et al., ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D.",
-        "",
-        "## Where the weights are from",
-        "",
-        *table(
-            ("what", "name", "sha256 or revision", "tensors", "of these left behind"),
-            [
-                (source.role, f"`{source.name}`", f"`{source.digest}`", str(source.num_tensors),
-                 str(len(source.left_behind)))
-                for source in sources
-            ],
-        ),
-        "",
-        "Made by `python -m training_fvlm.convert`. Left behind, since no embedding reads them:",
-        "",
-        *(f"- `{name}` ({source.role})" for source in sources for name in source.left_behind),
-        *([] if any(source.left_behind for source in sources) else ["- nothing"]),
-        "",
-        "The weights keep the licence they were published under; it applies to this folder too. Only the code beside "
-        "them is Apache-2.0.",
-        "",
-        *usage(),
-        *preprocessing(config),
-        *preparation_note(config),
-        "## Limits",
-        "",
-        f"{LIMITS} The model says how well an image agrees with a sentence, not what a patient has. It needs a "
-        "segmentation of the organs, and an organ cut by the scan or by the crop is embedded from the part that is "
-        "there. Scores are not calibrated probabilities.",
-        "",
-    ]  # fmt: skip
-    return "\n".join(card)
-
-
-def preparation_note(config: FVLMConfig) -> list[str]:
-    """What the published training data had that a scan prepared here has or has not."""
-    faults = (
-        "the published preparation scripts swap the two in-plane spacings and rescale HU in int16, which shows "
-        "where these spacings differ or the rescale slope is not 1"
-    )
-    if getattr(config, "preprocessing", "standard") == "published":
-        return [f"Scans are prepared with the published faults (`preprocessing: published`): {faults}.", ""]
-    return [f"Scans are prepared by their own geometry (`preprocessing: standard`); {faults}.", ""]
 
 
 def report(model: FVLMModel, sources: Sequence[Source], out: Path) -> None:

@@ -6,7 +6,7 @@ pairs: a resumed run then sees exactly the crops of an undisturbed one, with any
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 
+from modeling_fvlm.configuration_fvlm import DEFAULT_WINDOW, FVLMVisionConfig
 from modeling_fvlm.organs import load_organ_set
+from modeling_fvlm.preparation import padding_hu
 from modeling_fvlm.processed_split import load_rows
 
 from .arguments import SettingsError
@@ -35,6 +37,8 @@ class SplitDescription:
         spacing: mm between voxel centres along (depth, height, width).
         margin_voxels: Margin left around the organs' box, voxels along (depth, height, width).
         preprocessing: "standard" or "published"; splits from before there was a choice are standard.
+        padded_to, padding_hu: The crop in voxels along (depth, height, width) that published scans are padded to, and
+            with what HU; None for standard ones, and for published ones that do not tell.
     """
 
     organ_set: str
@@ -43,6 +47,8 @@ class SplitDescription:
     spacing: tuple[float, ...]
     margin_voxels: tuple[int, ...]
     preprocessing: str = "standard"
+    padded_to: tuple[int, ...] | None = None
+    padding_hu: int | None = None
 
 
 def read_description(data: str, revision: str | None = None) -> SplitDescription:
@@ -64,6 +70,8 @@ def read_description(data: str, revision: str | None = None) -> SplitDescription
         spacing=tuple(settings["spacing"]),
         margin_voxels=tuple(settings["margin_voxels"]),
         preprocessing=settings.get("preprocessing", "standard"),
+        padded_to=tuple(settings["padded_to"]) if "padded_to" in settings else None,
+        padding_hu=settings.get("padding_hu"),
     )
 
 
@@ -103,6 +111,33 @@ def check_against_recipe(description: SplitDescription, model: dict[str, Any], d
             f"the recipe's preprocessing is '{asked}', the split's is '{description.preprocessing}'. Train with "
             f"--model.preprocessing {description.preprocessing}, or build {data} again with --preprocessing {asked}."
         )
+    volume_size = (model.get("vision_config") or {}).get("volume_size", FVLMVisionConfig.volume_size)
+    check_padding(description, volume_size, model.get("windows") or [DEFAULT_WINDOW], f"the recipe, for {data}")
+
+
+def check_padding(
+    description: SplitDescription, volume_size: Sequence[int], windows: Sequence[Mapping[str, float]], where: str
+) -> None:
+    """Refuse a published split whose scans were padded to another crop, or with other HU, than the model's would be.
+
+    Args:
+        description: How the split was made; one that tells of no padding is passed.
+        volume_size: The model's crop in voxels.
+        windows: The model's HU windows.
+        where: What messages call the model.
+    """
+    if description.padded_to is None and description.padding_hu is None:
+        return
+    for name, key, built, reads, unit in (
+        ("padded_to", "vision_config.volume_size", description.padded_to, tuple(volume_size), "voxels"),
+        ("padding_hu", "windows", description.padding_hu, padding_hu(windows, is_published=True), "HU"),
+    ):
+        if built is not None and built != reads:
+            raise SettingsError(
+                f"{where}: by model.{key} the processor pads to {reads} {unit}, but the scans of the split have "
+                f"{name} {built}. The builders pad as the published weights expect it: leave model.{key} out, or train "
+                "on a split of preprocessing 'standard'."
+            )
 
 
 def load_split(data: str, split: str, *, revision: str | None = None, max_rows: int | None = None) -> datasets.Dataset:

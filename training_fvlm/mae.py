@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from modeling_fvlm import FVLMVisionConfig
 
-from .checkpoint_file import CheckpointError, listed
+from .checkpoint_file import CheckpointError, listed, refuse_non_finite
 
 UNREAD = re.compile(r"cls_token|mask_token|patch_embed\.proj\.(weight|bias)|decoder_.+|head\.(weight|bias)")
 POSITIONS = "pos_embed"
@@ -40,12 +40,15 @@ def mae_vision_fields(state_dict: Mapping[str, Tensor]) -> dict[str, int]:
         CheckpointError: If the tensors are not those of a MAE ViT.
     """
     blocks = [int(match[1]) for name in state_dict if (match := re.match(r"blocks\.(\d+)\.", name))]
-    needed = (POSITIONS, "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "norm.weight")
+    needed = {POSITIONS: 3, "blocks.0.attn.qkv.weight": 2, "blocks.0.mlp.fc1.weight": 2, "norm.weight": 1}
     if missing := [name for name in needed if name not in state_dict]:
         raise CheckpointError(
             f"this is no MAE ViT: it has no {listed(missing)}. What it has: {len(state_dict)} tensors, "
             f"{listed(list(state_dict))}."
         )
+    for name, num_axes in needed.items():
+        if state_dict[name].ndim != num_axes:
+            raise CheckpointError(f"{name} is {tuple(state_dict[name].shape)}; a MAE ViT has {num_axes} axes there.")
     return {
         "hidden_size": state_dict["norm.weight"].shape[0],
         "num_hidden_layers": 1 + max(blocks),
@@ -64,15 +67,20 @@ def inflate_mae(state_dict: Mapping[str, Tensor], config: FVLMVisionConfig) -> d
         Every tensor of the ViT but the patch embedding's `embeddings.projection.*`.
 
     Raises:
-        CheckpointError: If a tensor is unknown, or the position embeddings are no square grid and a class token.
+        CheckpointError: If a tensor is unknown or holds no finite floating-point numbers, or the position embeddings
+            are no square grid and a class token.
     """
     inflated, unknown = {}, []
+    if whole_numbers := [name for name, tensor in state_dict.items() if not tensor.is_floating_point()]:
+        raise CheckpointError(f"{listed(whole_numbers)}: whole numbers where weights are expected.")
+    refuse_non_finite(state_dict)
     for name, tensor in state_dict.items():
         if UNREAD.fullmatch(name):
             continue
         if name == POSITIONS:
             inflated["embeddings.position_embeddings"] = inflate_positions(tensor, config.position_grid)
-        elif name.startswith(("blocks.", "norm.")):  # (1)
+        # Under a name of ours, beside MAE's, a tensor would overwrite the other or be overwritten.
+        elif name.startswith(("blocks.", "norm.")) and not any(ours in name for ours in RENAMINGS.values()):  # (1)
             for theirs, ours in RENAMINGS.items():
                 name = name.replace(theirs, ours)
             inflated[name] = tensor

@@ -1,9 +1,10 @@
-"""README.md of a trained model: what it was trained on, how to feed it, and what it is not for.
+"""README.md of a trained or converted model: where it comes from, how to feed it, and what it is not for.
 
 Everything that preprocessing depends on is written from the config, so that card and weights cannot disagree.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from modeling_fvlm.configuration_fvlm import FVLMConfig
@@ -11,6 +12,22 @@ from modeling_fvlm.configuration_fvlm import FVLMConfig
 from .organ_losses import OrganLossRow
 
 LIMITS = "Research only, not for diagnosis."
+PUBLISHED_CODE = "alibaba-damo-academy/fvlm, commit d768ec1"
+METHOD = "Shui et al., ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D"
+APACHE = ("license: apache-2.0",)
+# Weights keep the licence they were published under, whatever was trained on top of them.
+OF_THE_SOURCE = ("license: other", "license_name: that-of-the-source-weights")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or model that went into a converted folder: a row of its card."""
+
+    role: str
+    name: str
+    digest: str
+    num_tensors: int
+    left_behind: list[str]
 
 
 def render_card(
@@ -24,26 +41,17 @@ def render_card(
 
     Args:
         config: The model's config.
-        run: Content of run.json: `recipe`, `data`, `training`, `versions`, `num_parameters`, `data_rows`.
+        run: Content of run.json: `recipe`, `data`, `training`, `started_from`, `versions`, `num_parameters` ...
         train_rows, eval_rows: Last losses of each organ (`organ_losses.last_rows`); evaluation may be empty.
         final_metrics: Numbers of the last evaluation, for the zero-shot lines.
     """
     training = run["training"]
+    started_from = [f"{what} `{name}`" for what, name in run["started_from"].items() if name is not None]
     card = [
-        "---",
-        "license: apache-2.0",
-        "library_name: transformers",
-        "pipeline_tag: zero-shot-image-classification",
-        "tags: [ct, radiology, vision-language, fvlm]",
-        "---",
-        "",
-        "# fVLM: a CT volume and sentences, organ by organ",
-        "",
-        f"**{LIMITS}**",
-        "",
+        *opening(OF_THE_SOURCE if started_from else APACHE),
         f"A 3D vision-language model with {run['num_parameters']:,} parameters that compares each of "
         f"{len(config.organs)} organs of a CT with sentences about that organ. It was trained on pairs of an organ and "
-        "the caption a report gives it, without labels (Shui et al., ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D).",
+        f"the caption a report gives it, without labels ({METHOD}).",
         "",
         *usage(),
         *preprocessing(config),
@@ -53,12 +61,14 @@ def render_card(
             ("what", "value"),
             [
                 ("recipe", _recipe(run["recipe"])),
+                ("started from", ", ".join(started_from) or "random weights"),
                 ("data", f"{run['data_name']}, splits by patient"),
                 ("rows", ", ".join(f"{count:,} {split}" for split, count in run["data_rows"].items())),
                 ("captions", "SHUFFLED between patients: a control" if run["data"]["shuffle_captions"] else "own"),
+                ("flips", _flips(run["data"])),
                 ("steps", f"{run['steps']:,} of {run['group_size']} patients"),
                 ("optimizer", f"{training['optim']}, learning rate {training['learning_rate']:g}, "
-                              f"weight decay {training['weight_decay']:g}, {training['lr_scheduler_type']}"),
+                              f"weight decay {training['weight_decay']:g}{_decayed(training)}, {_schedule(training)}"),
                 ("precision", run["precision"]),
                 ("seed", str(training["seed"])),
                 ("versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())),
@@ -67,6 +77,11 @@ def render_card(
         "",
         "All settings are in `run.json`.",
         "",
+        *([] if not started_from else [
+            "The weights it started from keep their licence, and it applies to this folder too. Only the code beside "
+            "them is Apache-2.0.",
+            "",
+        ]),
         "## Losses",
         "",
         *_loss_table(config.organs, train_rows, eval_rows),
@@ -81,6 +96,77 @@ def render_card(
         "",
     ]  # fmt: skip
     return "\n".join(card)
+
+
+def render_converted_card(config: FVLMConfig, sources: Sequence[Source], is_trained: bool) -> str:
+    """README.md of a converted folder: where the weights are from, what was left behind, how to feed the model.
+
+    Args:
+        config: The model's config.
+        sources: What the weights were read from.
+        is_trained: False for a start, whose organ queries and projections are fresh.
+    """
+    if is_trained:
+        state = (
+            "The weights are those of a published checkpoint under other names, bit by bit. For the same crop and "
+            f"caption the model gives what the published code ({PUBLISHED_CODE}) gives."
+        )
+    else:
+        state = (
+            "**Not trained.** The image tower starts from MAE weights inflated to 3D, the text encoder from its own. "
+            "Patch embedding, organ queries (zeros), pooling and projections are random: embeddings mean nothing "
+            "before training."
+        )
+    card = [
+        *opening(OF_THE_SOURCE),
+        f"{state} The method: {METHOD}.",
+        "",
+        "## Where the weights are from",
+        "",
+        *table(
+            ("what", "name", "sha256 or revision", "tensors", "of these left behind"),
+            [
+                (source.role, f"`{source.name}`", f"`{source.digest}`", str(source.num_tensors),
+                 str(len(source.left_behind)))
+                for source in sources
+            ],
+        ),
+        "",
+        "Made by `python -m training_fvlm.convert`. Left behind, since no embedding reads them:",
+        "",
+        *(f"- `{name}` ({source.role})" for source in sources for name in source.left_behind),
+        *([] if any(source.left_behind for source in sources) else ["- nothing"]),
+        "",
+        "The weights keep the licence they were published under; it applies to this folder too. Only the code beside "
+        "them is Apache-2.0.",
+        "",
+        *usage(),
+        *preprocessing(config),
+        "## Limits",
+        "",
+        f"{LIMITS} The model says how well an image agrees with a sentence, not what a patient has. It needs a "
+        "segmentation of the organs, and an organ cut by the scan or by the crop is embedded from the part that is "
+        "there. Scores are not calibrated probabilities.",
+        "",
+    ]  # fmt: skip
+    return "\n".join(card)
+
+
+def opening(license_lines: Sequence[str]) -> list[str]:
+    """What every card begins with: the front matter the Hub reads, the title, and what the model is not for."""
+    return [
+        "---",
+        *license_lines,
+        "library_name: transformers",
+        "pipeline_tag: zero-shot-image-classification",
+        "tags: [ct, radiology, vision-language, fvlm]",
+        "---",
+        "",
+        "# fVLM: a CT volume and sentences, organ by organ",
+        "",
+        f"**{LIMITS}**",
+        "",
+    ]
 
 
 def usage() -> list[str]:
@@ -120,9 +206,22 @@ def preprocessing(config: FVLMConfig) -> list[str]:
         "",
         *table(("what", "value"), rows),
         "",
+        _preparation(config),
+        "",
         f"Organs (set `{config.organ_set}`): {', '.join(config.organs)}.",
         "",
     ]
+
+
+def _preparation(config: FVLMConfig) -> str:
+    """By which geometry a scan is prepared, and what the published data had there."""
+    faults = (
+        "the published preparation scripts swap the two in-plane spacings and rescale HU in int16, which shows "
+        "where these spacings differ or the rescale slope is not 1"
+    )
+    if config.preprocessing == "published":
+        return f"Scans are prepared with the published faults (`preprocessing: published`): {faults}."
+    return f"Scans are prepared by their own geometry (`preprocessing: standard`); {faults}."
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -140,6 +239,22 @@ def _window(window: dict[str, float]) -> str:
         f"[{window['hu_min']:g}, {window['hu_max']:g}] HU -> [0, 1], then minus {window['mean']:g}, "
         f"divided by {window['std']:g}"
     )
+
+
+def _flips(data: dict[str, Any]) -> str:
+    if not data["flip_axes"]:
+        return "none"
+    return f"along {', '.join(data['flip_axes'])}, each with probability {data['flip_probability']:g}"
+
+
+def _decayed(training: dict[str, Any]) -> str:
+    return " on everything" if training["weight_decay_everywhere"] else ""
+
+
+def _schedule(training: dict[str, Any]) -> str:
+    if training["lr_schedule"] == "published":
+        return f"published schedule from {training['warmup_start_lr']:g} to {training['min_lr']:g}"
+    return str(training["lr_scheduler_type"])
 
 
 def _recipe(recipe: dict[str, Any]) -> str:

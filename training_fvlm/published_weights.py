@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint_file import CheckpointError, listed
+from .checkpoint_file import CheckpointError, listed, refuse_non_finite
 
 # (published pattern, our replacement); each pair is also read from right to left.
 RENAMINGS = [
@@ -50,6 +50,7 @@ OUR_ORGAN_PROJECTION = re.compile(r"organ_projection\.(weight|bias)_(\d+)")
 PATCH_WEIGHT = "visual_encoder.patch_embedding.patch_embeddings.weight"
 PATCH_POSITIONS = "visual_encoder.patch_embedding.position_embeddings"
 WORDS = "text_encoder.embeddings.word_embeddings.weight"
+TOKEN_TYPE_TABLE = "text_encoder.embeddings.token_type_embeddings.weight"  # may be missing
 # Tensors that sizes are read from, and their number of axes.
 SIZE_TENSORS = {
     "query_tokens": 2,
@@ -121,8 +122,8 @@ def infer_sizes(state_dict: Mapping[str, Tensor]) -> PublishedSizes:
             f"this is no published fVLM checkpoint: it has no {listed(missing)}. What it has: {len(state_dict)} "
             f"tensors, {listed(list(state_dict))}."
         )
-    for name, num_axes in SIZE_TENSORS.items():
-        if state_dict[name].ndim != num_axes:
+    for name, num_axes in {**SIZE_TENSORS, TOKEN_TYPE_TABLE: 2}.items():
+        if name in state_dict and state_dict[name].ndim != num_axes:
             raise CheckpointError(
                 f"{name} has the shape {tuple(state_dict[name].shape)}; the published architecture has {num_axes} axes "
                 "there."
@@ -149,7 +150,7 @@ def infer_sizes(state_dict: Mapping[str, Tensor]) -> PublishedSizes:
             "num_hidden_layers": _count(state_dict, r"text_encoder\.encoder\.layer\.(\d+)\."),
             "intermediate_size": shape["text_encoder.encoder.layer.0.intermediate.dense.weight"][0],
             "max_position_embeddings": shape["text_encoder.embeddings.position_embeddings.weight"][0],
-            "type_vocab_size": _rows(state_dict, "text_encoder.embeddings.token_type_embeddings.weight", 2),
+            "type_vocab_size": state_dict[TOKEN_TYPE_TABLE].shape[0] if TOKEN_TYPE_TABLE in state_dict else 2,
             "hidden_act": "gelu",
             "layer_norm_eps": 1e-12,
         },
@@ -158,10 +159,6 @@ def infer_sizes(state_dict: Mapping[str, Tensor]) -> PublishedSizes:
 
 def _count(names: Iterable[str], pattern: str) -> int:
     return 1 + max(int(match[1]) for name in names if (match := re.match(pattern, name)))
-
-
-def _rows(state_dict: Mapping[str, Tensor], name: str, when_missing: int) -> int:
-    return state_dict[name].shape[0] if name in state_dict else when_missing
 
 
 def convert_published_state_dict(state_dict: Mapping[str, Tensor], config) -> dict[str, Tensor]:
@@ -185,7 +182,8 @@ def convert_published_state_dict(state_dict: Mapping[str, Tensor], config) -> di
         if match := ORGAN_PROJECTION.fullmatch(name):
             organs_of[match[2]].append(int(match[1]))
             converted[f"organ_projection.{match[2]}_{match[1]}"] = tensor
-        elif (ours := converted_name(name)) is None:
+        # A name that does not come back as itself is not published: it may be ours, beside the published one.
+        elif (ours := converted_name(name)) is None or published_name(ours) != name:
             unknown.append(name)
         else:
             converted[ours] = tensor
@@ -211,11 +209,12 @@ def check_against_model(converted: Mapping[str, Tensor], expected: Mapping[str, 
     """Refuse tensors that are not exactly those of the model, and name them as the checkpoint does.
 
     Args:
-        converted: From `convert_published_state_dict`.
+        converted: Tensors under our names.
         expected: The model's state dict; tensors without data will do.
 
     Raises:
-        CheckpointError: If a tensor is missing, left over, of another shape, or of another number type than the rest.
+        CheckpointError: If a tensor is missing, left over, of another shape, of another number type than the rest, or
+            not finite.
     """
     faults = []
     if missing := [published_name(name) for name in expected if name not in converted]:
@@ -233,7 +232,8 @@ def check_against_model(converted: Mapping[str, Tensor], expected: Mapping[str, 
     if len(types) > 1 or not all(dtype.is_floating_point for dtype in types):
         faults.append(f"number types differ: {', '.join(f'{name} is {dtype}' for dtype, name in types.items())}")
     if faults:
-        raise CheckpointError(f"the tensors do not make the model that their sizes say. {'; '.join(faults)}.")
+        raise CheckpointError(f"the tensors are not those of the model. {'; '.join(faults)}.")
+    refuse_non_finite({published_name(name): tensor for name, tensor in converted.items()})
 
 
 def to_published_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,8 +20,9 @@ from transformers.utils import logging
 from modeling_fvlm import FVLMConfig, FVLMModel, FVLMProcessor
 from modeling_fvlm.configuration_fvlm import FVLMVisionConfig
 
-from .arguments import DERIVED_MODEL_KEYS, SettingsError, own_fields
-from .data import SplitDescription
+from .arguments import DERIVED_MODEL_KEYS, SettingsError, own_fields, read_folder_config
+from .data import SplitDescription, check_padding
+from .text import check_vocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -102,26 +103,19 @@ def read_start(folder: str, model: dict[str, Any], description: SplitDescription
     """
     path = Path(folder)
     # (1)
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise SettingsError(
-            f"--init_from {folder}: no config.json there. Give a folder that `python -m training_fvlm.convert` or "
-            "train_fvlm.py wrote."
-        )
-    model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    if model_type != FVLMConfig.model_type:
-        raise SettingsError(
-            f"--init_from {folder} holds a model of type {model_type!r}, not fvlm. A text encoder alone goes into "
-            "model.text_encoder.pretrained."
-        )
+    config = read_folder_config(folder, "--init_from")
     try:
-        config = FVLMConfig.from_pretrained(path)
         tokenizer = FVLMProcessor.from_pretrained(path).tokenizer
-    except Exception as error:  # strict dataclasses and tokenizers raise errors of their own
-        raise SettingsError(f"--init_from {folder}: config or processor cannot be read: {error}") from error
+    except Exception as error:  # tokenizers raises errors of its own
+        raise SettingsError(f"--init_from {folder}: the processor cannot be read: {error}") from error
+    check_vocabulary(tokenizer, f"--init_from {folder}", config.text_config.vocab_size)
     # (2)
     _check_against_split(config, description, folder)
-    return Start(path, config, tokenizer, _merge(model, config, folder))
+    merged = _merge(model, config, folder)
+    check_padding(
+        description, merged["vision_config"]["volume_size"], merged["windows"], f"--init_from {folder}, for the split"
+    )
+    return Start(path, config, tokenizer, merged)
 
 
 def _check_against_split(config: FVLMConfig, description: SplitDescription, folder: str) -> None:
@@ -144,7 +138,8 @@ def _check_against_split(config: FVLMConfig, description: SplitDescription, fold
     if config.preprocessing != description.preprocessing:
         raise SettingsError(
             f"--init_from {folder} expects {config.preprocessing} preprocessing, the split's is "
-            f"{description.preprocessing}. Build the split again with `--preprocessing {config.preprocessing}`."
+            f"{description.preprocessing}. Build the split again with `--preprocessing {config.preprocessing}`, or, if "
+            f"the folder was converted, convert again with `--preprocessing {description.preprocessing}`."
         )
 
 

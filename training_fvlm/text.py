@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -31,6 +30,8 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BERT_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 # Parts of a saved encoder that no caption reads.
 UNREAD_OF_ENCODER = ("pooler.", "embeddings.position_ids", "embeddings.token_type_ids")
+# Embedding tables are padded up to a multiple of this, for speed; rows beyond that belong to tokens that are missing.
+VOCABULARY_PADDING = 128
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
@@ -118,7 +119,8 @@ def read_text_encoder(name: str, revision: str | None = None) -> PretrainedText:
     hold tensors only.
 
     Raises:
-        SettingsError: If there is no such encoder, or some weight of it is missing or of another shape.
+        SettingsError: If there is no such encoder, some weight of it is missing or of another shape, or its tokenizer
+            is not that of its weights.
     """
     where = f"text encoder {name}"
     try:
@@ -143,8 +145,8 @@ def read_text_encoder(name: str, revision: str | None = None) -> PretrainedText:
         )
     except SettingsError:
         raise
-    # RuntimeError: shapes; UnpicklingError: code in a pickle; SafetensorError: a damaged file.
-    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+    # Strict dataclasses, tokenizers and safetensors raise errors of their own.
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if isinstance(error, pickle.UnpicklingError):
             reason = "its weights are a damaged file, or a pickle that would run code"
@@ -155,17 +157,42 @@ def read_text_encoder(name: str, revision: str | None = None) -> PretrainedText:
             f"{where} has no weights for {listed(missing)}: it is no whole {config.model_type} encoder."
         )
     left_behind = sorted(loading["unexpected_keys"])
+    # Saved under the encoder's prefix, or without one under the names of its parts.
     base = f"{model.base_model_prefix}."
+    starts = (base, *(f"{part}." for part, _ in model.named_children()))
     own = [
-        key for key in left_behind if key.startswith(base) and not key.removeprefix(base).startswith(UNREAD_OF_ENCODER)
+        key
+        for key in left_behind
+        if key.startswith(starts) and not key.removeprefix(base).startswith(UNREAD_OF_ENCODER)
     ]
     if own:
         raise SettingsError(f"{where} has weights that a {config.model_type} encoder does not: {listed(own)}.")
-    if len(tokenizer) > config.vocab_size:
-        raise SettingsError(
-            f"{where}: its tokenizer has {len(tokenizer)} tokens, its word embeddings {config.vocab_size} rows."
-        )
+    check_vocabulary(tokenizer, where, config.vocab_size)
     return PretrainedText(tokenizer, model, left_behind)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, where: str, num_rows: int | None = None) -> None:
+    """Refuse a tokenizer without words: where its files are missing, transformers makes one of special tokens alone.
+
+    Args:
+        tokenizer: As loaded.
+        where: Begins the message: the option, and the folder or Hub id the tokenizer is from.
+        num_rows: Word embeddings of the encoder it belongs to; None: not known here.
+
+    Raises:
+        SettingsError: If it has only special tokens, more tokens than rows, or fewer by more than padding explains.
+    """
+    num_tokens = len(tokenizer)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise SettingsError(
+            f"{where}: there is no vocabulary there, only {num_tokens} special tokens. Put tokenizer.json or vocab.txt "
+            "beside it, as its makers published them."
+        )
+    if num_rows is not None and not num_tokens <= num_rows <= num_tokens + -num_tokens % VOCABULARY_PADDING:
+        raise SettingsError(
+            f"{where}: its tokenizer has {num_tokens} tokens, its word embeddings {num_rows} rows. Put the tokenizer "
+            "of these weights there."
+        )
 
 
 def _bert_config(fields: dict[str, Any], where: str) -> BertConfig:
