@@ -40,9 +40,8 @@ def differing(trainer, recorder, tensors) -> list[str]:
     for name, tensor in tensors.items():
         gradients = torch.stack([step[name].abs() for step in recorder.gradients])
         is_firm = (gradients.amin(0) >= 1e-7) | (gradients.amax(0) == 0)
-        assert is_firm.float().mean() > 0.98, name
         error = (ours[name] - tensor).abs()
-        if error[is_firm].max() > 1e-5 or error.max() > 1e-4:
+        if error[is_firm].max() > 1e-5 or error.max() > 1e-4 or is_firm.float().mean() < 0.98:
             names.append(name)
     return names
 
@@ -62,7 +61,6 @@ def test_five_steps_are_the_published(golden, expected, tmp_path):
     assert len(moved) == len(tensors) - 1, "weights that hardly move would compare nothing"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "where"),
     [

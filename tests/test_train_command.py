@@ -510,7 +510,9 @@ def test_three_steps_of_the_published_architecture_fit_into_20_gb(tmp_path):
     (tmp_path / "full.yaml").write_text(FULL_SIZE.replace("ENCODER", str(tmp_path / "encoder")))
     BertModel(BertConfig()).save_pretrained(tmp_path / "encoder")  # BERT-base, random weights
     texts = [entry["caption"] for row in load_split(str(tmp_path / "split"), "train") for entry in row["captions"]]
-    train_tokenizer(texts, 500, 384).save_pretrained(tmp_path / "encoder")
+    tokenizer = train_tokenizer(texts, 500, 384)
+    tokenizer.add_tokens([f"filler{number}" for number in range(BertConfig().vocab_size - len(tokenizer))])
+    tokenizer.save_pretrained(tmp_path / "encoder")
     command = [sys.executable, str(ROOT / "train_fvlm.py"), "--recipe", str(tmp_path / "full.yaml")]
     command += ["--data", str(tmp_path / "split"), "--output_dir", str(tmp_path / "run")]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
