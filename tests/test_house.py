@@ -11,6 +11,7 @@ ROOMS = {
     "training_fvlm": {"modeling_fvlm"},
     "evaluation_fvlm": {"modeling_fvlm"},
     "data_builders": {"modeling_fvlm"},
+    "benchmarks": {"modeling_fvlm"},
 }
 OURS = {*ROOMS, "benchmarks", "tests", "train_fvlm", "eval_fvlm"}
 

@@ -1,0 +1,93 @@
+"""The benchmarks' own parts: the baseline gives the model's numbers, ways take turns, results are written out."""
+
+import json
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks import measure, published
+from benchmarks.pooling import our_flags
+from modeling_fvlm import FVLMConfig, FVLMModel
+from modeling_fvlm.loss import organ_contrastive_loss
+
+ORGANS, PATCH = 5, (4, 4, 8)
+
+
+def tiny_model() -> FVLMModel:
+    vision = {"volume_size": (16, 16, 32), "patch_size": PATCH, "hidden_size": 16, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "intermediate_size": 32, "feature_levels": [0]}
+    text = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"intermediate_size": 32, "vocab_size": 60}
+    torch.manual_seed(0)
+    config = FVLMConfig(
+        organs=[f"organ_{number}" for number in range(ORGANS)],
+        vision_config=vision,
+        text_config=text,
+        pooling_num_heads=2,
+        projection_dim=8,
+    )
+    model = FVLMModel(config).eval()
+    torch.nn.init.normal_(model.organ_pooling.query_tokens, std=0.5)
+    return model
+
+
+def tiny_mask() -> torch.Tensor:
+    mask = torch.zeros(2, 16, 16, 32, dtype=torch.uint8)
+    mask[0, 2:9, 3:9, 4:20], mask[0, 0:3, 3:9, 22:30] = 1, 2  # organ 2 is cut
+    mask[1, 2:5, 10:14, 1:31], mask[1, 9:14, 2:9, 9:17], mask[1, 10, 10, 20] = 3, 1, 5
+    return mask
+
+
+def test_the_baseline_finds_the_same_flags():
+    for ours, theirs in zip(our_flags(tiny_mask(), ORGANS, PATCH), published.organ_flags(tiny_mask(), ORGANS, PATCH)):
+        assert torch.equal(ours, theirs) and theirs.any() and not theirs.all()
+
+
+def test_the_baseline_pools_and_embeds_captions_alike():
+    model = tiny_model()
+    organ_tokens, _ = our_flags(tiny_mask(), ORGANS, PATCH)
+    levels = [torch.randn(2, organ_tokens.shape[2], 16, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    ours = model.organ_pooling(tuple(levels), organ_tokens)[0]
+    theirs = published.pool_organs(model, published.pooling_attention(model), levels, organ_tokens)
+    is_present = organ_tokens.any(-1)
+    torch.testing.assert_close(ours[is_present], theirs[is_present], rtol=1e-5, atol=1e-6)
+
+    ids = torch.randint(1, 60, (ORGANS, 2, 12), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[:, 0, 7:] = 0
+    theirs = published.embed_captions(model, ids, mask)
+    ours = model.get_text_features(ids.flatten(0, 1), mask.flatten(0, 1)).view(ORGANS, 2, -1).transpose(0, 1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_baseline_has_the_same_loss():
+    generator = torch.Generator().manual_seed(5)
+    image, text = (F.normalize(torch.randn(6, 3, 8, generator=generator), dim=-1) for _ in range(2))
+    captions = [["a", "b", "a", "c", "n", "n"], ["n"] * 6, ["a", "n", "b", "n", "n", "c"]]
+    is_abnormal = torch.tensor([[caption != "n" for caption in row] for row in captions]).T
+    is_valid = torch.rand(6, 3, generator=generator) > 0.3
+    caption_id = torch.tensor([[ord(caption) for caption in row] for row in captions]).T
+    theirs = published.organ_losses(image, text, captions, is_abnormal, is_valid, torch.tensor(0.07))
+    ours = organ_contrastive_loss(image, text, caption_id, is_abnormal, is_valid, 1 / 0.07)
+    torch.testing.assert_close(ours.organ_losses, theirs, rtol=1e-5, atol=1e-6)
+    assert ours.organ_is_active.tolist() == [True, False, True]
+
+
+def test_ways_take_turns_and_the_first_is_not_counted():
+    order = []
+    baseline, ours = measure.in_turns(lambda: order.append("A"), lambda: order.append("B"), repeats=2)
+    assert "".join(order) == "ABABAB" and len(baseline) == len(ours) == 2
+
+
+def test_results_are_written_as_a_list_of_objects(tmp_path):
+    result = measure.Result("text/4", 8.0, 2.0, 9.0, 3.0, 1e-6, "a note")
+    measure.report([result], tmp_path / "out" / "r.json")
+    (written,) = json.loads((tmp_path / "out" / "r.json").read_text())
+    promised = {"name": "text/4", "baseline_s": 8.0, "ours_s": 2.0, "ratio": 4.0, "max_rel_diff": 1e-6}
+    assert promised.items() <= written.items()
+
+
+def test_differences_are_relative_to_the_baseline():
+    one, other = torch.tensor([1.0, -20.0]), torch.tensor([1.0, -10.0])
+    assert measure.relative_difference([one], [other]) == 1.0
+    assert measure.relative_difference([torch.tensor([3e-9])], [torch.tensor([1e-9])]) < 1e-8, "noise is not divided"
