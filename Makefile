@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: help install demo demo-long demo-control test test-slow test-floor lint clean-demo
 
 help:
-	@echo "make demo       synthetic CTs -> processed split -> training -> evaluation -> loaded back (about 14 minutes)"
+	@echo "make demo       synthetic CTs -> processed split -> training -> evaluation -> loaded back (about 13 minutes)"
 	@echo "make demo-long  the longer recipe on the same patients (about 40 minutes)"
 	@echo "make demo-control  the demo's recipe with captions shuffled between patients, three times: chance"
 	@echo "make test       the fast tests (minutes); make test-slow: the rest; make test-floor: lowest versions"
