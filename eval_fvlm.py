@@ -31,7 +31,6 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 
 from evaluation_fvlm.errors import EvaluationError
@@ -41,7 +40,7 @@ from evaluation_fvlm.split import LEVELS, check_split_matches, open_split, read_
 from evaluation_fvlm.tasks import available_tasks, check_task_organs, load_task
 from evaluation_fvlm.windows import WindowRule
 from evaluation_fvlm.zero_shot import evaluate_split
-from modeling_fvlm.modeling_fvlm import FVLMModel
+from modeling_fvlm.modeling_fvlm import load_whole_model
 from modeling_fvlm.processing_fvlm import FVLMProcessor
 
 # What a protocol sets where the command line does not; None: no default (tasks), the model's size (window_size).
@@ -143,22 +142,12 @@ def load_model(path: str, revision: str | None, device: str) -> tuple[PreTrained
             f"{path} holds no config.json: it is no saved model. Give the folder that training wrote."
         )
     try:
-        model, info = FVLMModel.from_pretrained(
-            path,
-            revision=revision or "main",
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-        )
+        model = load_whole_model(path, revision=revision or "main")
         processor = FVLMProcessor.from_pretrained(path, revision=revision or "main")
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except OSError as error:
         raise EvaluationError(f"--model {path} cannot be loaded: {error}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in info[kind]):
-            raise EvaluationError(
-                f"--model {path}: its weights are not those of its config.json: {kind.replace('_', ' ')} {names[:5]}"
-                f"{' ...' if len(names) > 5 else ''}. Convert or save it again."
-            )
+    except ValueError as error:
+        raise EvaluationError(f"--model {path}: {error}") from error
     return model.eval().to(device), processor
 
 

@@ -15,6 +15,7 @@ import inspect
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
@@ -419,3 +420,33 @@ class FVLMModel(FVLMPreTrainedModel):
             output.loss, output.organ_losses = result.loss, result.organ_losses
             output.organ_is_active, output.num_contrasted = result.organ_is_active, result.num_contrasted
         return output
+
+
+def load_whole_model(path, **kwargs) -> FVLMModel:
+    """`FVLMModel.from_pretrained` in float32, for which every weight must be there: none is filled with random numbers.
+
+    Args:
+        path: Folder or Hub id.
+        **kwargs: As for `from_pretrained`.
+
+    Raises:
+        ValueError: If weights are missing, left over or of another shape, or the file of weights is damaged.
+        OSError: If there is no such model.
+    """
+    try:
+        model, info = FVLMModel.from_pretrained(
+            path,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+            **kwargs,
+        )
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"the weights cannot be loaded: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in info[kind]):
+            raise ValueError(
+                f"its weights are not those of its config.json: {kind.replace('_', ' ')} {names[:5]}"
+                f"{' ...' if len(names) > 5 else ''}. Convert or save it again."
+            )
+    return model

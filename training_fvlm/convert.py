@@ -44,6 +44,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from modeling_fvlm import FVLMConfig, FVLMModel, FVLMProcessor, load_organ_set
+from modeling_fvlm.configuration_fvlm import DEFAULT_WINDOW, FVLMVisionConfig
 from modeling_fvlm.pipeline_fvlm import save_for_hub
 
 from .arguments import SettingsError, read_folder_config
@@ -62,10 +63,11 @@ from .published_weights import (
 )
 from .text import PretrainedText, check_vocabulary, put_text_encoder, read_text_encoder
 
-PUBLISHED_PATCH_SIZE = (16, 16, 32)
-PUBLISHED_FEATURE_LEVELS = (3, 6, 9)
-PUBLISHED_NUM_BLOCKS = 12
-PUBLISHED_PROJECTION_DIM = 256
+# The config's defaults are the published architecture.
+PUBLISHED_PATCH_SIZE = FVLMVisionConfig.patch_size
+PUBLISHED_FEATURE_LEVELS = FVLMVisionConfig.feature_levels
+PUBLISHED_NUM_BLOCKS = FVLMVisionConfig.num_hidden_layers
+PUBLISHED_PROJECTION_DIM = FVLMConfig.projection_dim
 PUBLISHED_HEADS = {"vision": 12, "text": 12, "pooling": 4}
 
 
@@ -105,7 +107,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     text.add_argument(
         "--vocab", type=Path, metavar="FILE", help="With --weights, instead: BERT's vocab.txt, lower case."
     )
-    text.add_argument("--max_text_length", type=count, default=384, help="Longest caption in tokens (%(default)s).")
+    text.add_argument(
+        "--max_text_length",
+        type=count,
+        default=FVLMConfig.max_text_length,
+        help="Longest caption in tokens (%(default)s).",
+    )
     text.add_argument(
         "--text_token_types",
         action="store_true",
@@ -119,11 +126,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="SET",
         help="Organs in the order of the weights: chest_4 (default), body_24, ..., or a YAML file of your own.",
     )
-    model.add_argument("--vision_heads", type=count, default=12, help="Attention heads of the ViT (%(default)s).")
-    model.add_argument(
-        "--text_heads", type=count, default=12, help="Of the text encoder, with --weights (%(default)s)."
-    )
-    model.add_argument("--pooling_heads", type=count, default=4, help="Of the organ pooling (%(default)s).")
+    for part, what in (
+        ("vision", "Attention heads of the ViT"),
+        ("text", "Of the text encoder, with --weights"),
+        ("pooling", "Of the organ pooling"),
+    ):
+        model.add_argument(f"--{part}_heads", type=count, default=PUBLISHED_HEADS[part], help=f"{what} (%(default)s).")
     model.add_argument(
         "--feature_levels",
         type=int,
@@ -135,7 +143,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--volume_size",
         type=int,
         nargs=3,
-        default=(112, 256, 352),
+        default=FVLMVisionConfig.volume_size,
         metavar=("DEPTH", "HEIGHT", "WIDTH"),
         help="Crop in voxels that the position embeddings belong to (112 256 352).",
     )
@@ -143,7 +151,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--spacing",
         type=float,
         nargs=3,
-        default=(3.0, 1.0, 1.0),
+        default=FVLMConfig.spacing,
         metavar=("DEPTH", "HEIGHT", "WIDTH"),
         help="mm between voxel centres of the crop (3 1 1).",
     )
@@ -151,7 +159,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--margin_voxels",
         type=int,
         nargs=3,
-        default=(5, 20, 20),
+        default=FVLMConfig.margin_voxels,
         metavar=("DEPTH", "HEIGHT", "WIDTH"),
         help="Voxels around the box of all organs (5 20 20).",
     )
@@ -159,7 +167,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--hu_window",
         type=float,
         nargs=2,
-        default=(-1150.0, 350.0),
+        default=(DEFAULT_WINDOW["hu_min"], DEFAULT_WINDOW["hu_max"]),
         metavar=("HU_MIN", "HU_MAX"),
         help="HU that become 0 and 1 (-1150 350).",
     )

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_fvlm import FVLMConfig, FVLMModel, FVLMProcessor
 from modeling_fvlm.configuration_fvlm import FVLMVisionConfig
+from modeling_fvlm.modeling_fvlm import load_whole_model
 
 from .arguments import DERIVED_MODEL_KEYS, SettingsError, own_fields, read_folder_config
 from .data import SplitDescription, check_padding
@@ -67,22 +67,11 @@ class Start:
             SettingsError: If the weights cannot be read or are not those of the folder's config.
         """
         try:
-            model, info = FVLMModel.from_pretrained(
-                self.folder,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                output_loading_info=True,
-            )
-        except (OSError, SafetensorError, RuntimeError) as error:
+            model = load_whole_model(self.folder, config=config, use_safetensors=True)
+        except OSError as error:
             raise SettingsError(f"--init_from {self.folder}: the weights cannot be loaded: {error}") from error
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(str(name) for name in info[kind]):
-                raise SettingsError(
-                    f"--init_from {self.folder}: its weights are not those of its config.json: "
-                    f"{kind.replace('_', ' ')} {names[:5]}{' ...' if len(names) > 5 else ''}. Convert or save it again."
-                )
+        except ValueError as error:
+            raise SettingsError(f"--init_from {self.folder}: {error}") from error
         order = [self.config.organs.index(organ) for organ in config.organs]
         if order != sorted(order):
             logger.warning("--init_from: organs brought from %s into the split's order", self.config.organs)

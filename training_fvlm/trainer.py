@@ -133,7 +133,8 @@ class FVLMTrainer(Trainer):
         )
         if model.training:
             self.window.add(organ_loss, embeds[:, :, 1], caption_id, is_abnormal, is_valid)
-            self.step_organs.append(organ_loss.organ_is_active)
+            if self.args.skip_inactive_organs:
+                self.step_organs.append(organ_loss.organ_is_active)
             self.temperature = 1 / outputs.logit_scale.detach()
         return (organ_loss.loss, outputs) if return_outputs else organ_loss.loss
 
@@ -337,7 +338,7 @@ class _RunBookkeeping(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if args.skip_inactive_organs:
             self.trainer.forget_gradients_of_inactive_organs()
-        self.trainer.step_organs.clear()
+            self.trainer.step_organs.clear()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate tells the sampler the epoch itself, but loses sight of it behind two wrappers: in the first epoch
