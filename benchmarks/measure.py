@@ -1,7 +1,10 @@
-"""Two ways of one job, timed in turns (A, B, A, B ...) in one process, so that a busy machine hits both alike.
+"""Several ways of one job, timed in turns (A, B, C, A, B, C ...) in one process, so that a busy machine hits all alike.
 
 Times are medians of CPU seconds (all threads of the process); wall seconds stand beside them. A ratio means little
 without equal results: every benchmark compares those too, and prints the largest relative difference.
+
+How far a time is from what the hardware allows: the floating-point operations of our way's matrix products, counted as
+they run, over the rate at which this machine multiplies large float32 matrices, measured in the same run.
 """
 
 import argparse
@@ -9,17 +12,33 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 console = Console()
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one way: CPU time of all threads, and wall time."""
+
+    cpu: float
+    wall: float
+
+    def __mul__(self, factor: float) -> "Times":
+        return Times(self.cpu * factor, self.wall * factor)
+
+    def __add__(self, other: "Times") -> "Times":
+        return Times(self.cpu + other.cpu, self.wall + other.wall)
 
 
 @dataclass(frozen=True)
@@ -28,23 +47,46 @@ class Result:
 
     Attributes:
         name: Stable name, `benchmark/case/variant`.
-        baseline_s, ours_s: Median CPU seconds of the two ways.
-        baseline_wall_s, ours_wall_s: Median wall seconds.
+        baseline, ours: Medians of the two ways.
         max_rel_diff: Largest difference of their results over the largest value of the baseline's; None: not compared.
         note: What a reader must know: what was timed in part and multiplied, what was not compared.
+        bound_s: CPU seconds below which ours cannot go (`Peak.seconds`); None: not counted.
+        extra: More figures for the JSON file.
     """
 
     name: str
-    baseline_s: float
-    ours_s: float
-    baseline_wall_s: float
-    ours_wall_s: float
+    baseline: Times
+    ours: Times
     max_rel_diff: float | None
     note: str = ""
+    bound_s: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
-        return self.baseline_s / self.ours_s
+        return self.baseline.cpu / self.ours.cpu
+
+    @property
+    def distance(self) -> float | None:
+        """How many times the bound ours takes."""
+        return None if self.bound_s is None else self.ours.cpu / self.bound_s
+
+    def as_json(self) -> dict[str, Any]:
+        """What --json writes."""
+        return {
+            "name": self.name,
+            "baseline_s": self.baseline.cpu,
+            "ours_s": self.ours.cpu,
+            "ratio": self.ratio,
+            "max_rel_diff": self.max_rel_diff,
+            "baseline_wall_s": self.baseline.wall,
+            "ours_wall_s": self.ours.wall,
+            "bound_s": self.bound_s,
+            "distance": self.distance,
+            "note": self.note,
+            "machine": machine(),
+            **self.extra,
+        }
 
 
 def add_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
@@ -54,19 +96,58 @@ def add_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
     parser.add_argument("--json", type=Path, help="Write the results there as a list of objects.")
 
 
-def in_turns(
-    baseline: Callable[[], object], ours: Callable[[], object], repeats: int
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Median (CPU, wall) seconds of both ways; the first turn of each warms up and is not counted."""
-    times: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
+def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Parse, refuse impossible numbers, and set the threads."""
+    options = parser.parse_args(arguments)
+    for name, numbers in vars(options).items():
+        numbers = numbers if isinstance(numbers, list) else [numbers]
+        if any(isinstance(number, int) and not isinstance(number, bool) and number < 1 for number in numbers):
+            parser.error(f"--{name} must be at least 1.")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options
+
+
+def in_turns(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
+    """Median seconds of each way; the first turn of each warms up and is not counted."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
-        for number, way in enumerate((baseline, ours)):
+        for name, way in ways.items():
             cpu, wall = time.process_time(), time.perf_counter()
             way()
             if turn:
-                times[number].append((time.process_time() - cpu, time.perf_counter() - wall))
-    medians = [tuple(statistics.median(column) for column in zip(*times[number])) for number in (0, 1)]
-    return medians[0], medians[1]
+                times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+    return {name: Times(*(statistics.median(column) for column in zip(*rows))) for name, rows in times.items()}
+
+
+def count_flop(way: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products, convolutions and attention that `way` runs."""
+    with FlopCounterMode(display=False) as counter:
+        way()
+    return counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The machine's rate at large float32 matrix products, of the faster GEMM backend: operations per CPU second."""
+
+    flop_per_cpu_s: float
+
+    def seconds(self, flop: int) -> float:
+        """CPU seconds that so many operations take at least."""
+        return flop / self.flop_per_cpu_s
+
+
+def measure_peak(multiply: Iterable[Callable[[Tensor, Tensor], Tensor]] = (torch.mm,), edge: int = 2048) -> Peak:
+    """Best of eight products of `edge` x `edge` matrices, by the fastest of the given functions."""
+    one, other = torch.randn(2, edge, edge, generator=torch.Generator().manual_seed(0))
+    best = float("inf")
+    for function in multiply:
+        for _ in range(8):
+            cpu = time.process_time()
+            function(one, other)
+            best = min(best, time.process_time() - cpu)
+    return Peak(2 * edge**3 / best)
 
 
 def relative_difference(ours: Iterable[Tensor], baseline: Iterable[Tensor]) -> float:
@@ -86,16 +167,18 @@ def relative_difference(ours: Iterable[Tensor], baseline: Iterable[Tensor]) -> f
 def report(results: list[Result], path: Path | None) -> None:
     """Print the results as a table, and write them as JSON where asked to."""
     table = Table(title="medians in seconds of CPU time (wall time in brackets)")
-    for column in ("name", "baseline", "ours", "ratio", "largest relative difference"):
+    columns = ("name", "baseline", "ours", "ratio", "largest relative difference", "FLOP bound", "ours / bound")
+    for column in columns:
         table.add_column(column, justify="left" if column == "name" else "right")
     for result in results:
-        difference = "not compared" if result.max_rel_diff is None else f"{result.max_rel_diff:.1e}"
         table.add_row(
             result.name,
-            f"{result.baseline_s:.4g} ({result.baseline_wall_s:.4g})",
-            f"{result.ours_s:.4g} ({result.ours_wall_s:.4g})",
+            f"{result.baseline.cpu:.4g} ({result.baseline.wall:.4g})",
+            f"{result.ours.cpu:.4g} ({result.ours.wall:.4g})",
             f"{result.ratio:.2f}",
-            difference,
+            "not compared" if result.max_rel_diff is None else f"{result.max_rel_diff:.1e}",
+            "" if result.bound_s is None else f"{result.bound_s:.4g}",
+            "" if result.distance is None else f"{result.distance:.2f}",
         )
     console.print(table)
     for result in results:
@@ -103,20 +186,8 @@ def report(results: list[Result], path: Path | None) -> None:
             console.print(f"{result.name}: {result.note}")
     console.print(machine())
     if path is not None:
-        content = [
-            {
-                "name": result.name,
-                "baseline_s": result.baseline_s,
-                "ours_s": result.ours_s,
-                "ratio": result.ratio,
-                "max_rel_diff": result.max_rel_diff,
-                "baseline_wall_s": result.baseline_wall_s,
-                "ours_wall_s": result.ours_wall_s,
-                "note": result.note,
-            }
-            for result in results
-        ]
         path.parent.mkdir(parents=True, exist_ok=True)
+        content = [result.as_json() for result in results]
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import make_batch, make_model
-from benchmarks.measure import Result, add_arguments, in_turns, relative_difference, report
+from benchmarks.measure import Result, add_arguments, in_turns, parse_arguments, relative_difference, report
 from benchmarks.published import organ_flags, pool_organs, pooling_attention
 from modeling_fvlm.geometry import organ_token_mask, organs_in_crop
 
@@ -34,10 +34,14 @@ def bookkeeping(num_organs: int, repeats: int) -> Result:
     patch_size = (16, 16, 32)
     theirs, ours = organ_flags(mask, num_organs, patch_size), our_flags(mask, num_organs, patch_size)
     difference = relative_difference([flag.float() for flag in ours], [flag.float() for flag in theirs])
-    baseline_times, our_times = in_turns(
-        lambda: organ_flags(mask, num_organs, patch_size), lambda: our_flags(mask, num_organs, patch_size), repeats
+    times = in_turns(
+        {
+            "baseline": lambda: organ_flags(mask, num_organs, patch_size),
+            "ours": lambda: our_flags(mask, num_organs, patch_size),
+        },
+        repeats,
     )
-    return result(f"bookkeeping/{num_organs}", baseline_times, our_times, difference)
+    return Result(f"bookkeeping/{num_organs}", times["baseline"], times["ours"], difference)
 
 
 def pooling(num_organs: int, repeats: int) -> Result:
@@ -67,8 +71,9 @@ def pooling(num_organs: int, repeats: int) -> Result:
     one[0], other[0] = one[0][is_present], other[0][is_present]
     difference = relative_difference(_without_key_bias(one), _without_key_bias(other))
     model.organ_pooling.dropout = rate
-    baseline_times, our_times = in_turns(baseline, ours, repeats)
-    return result(f"pooling/{num_organs}", baseline_times, our_times, difference, "forward and backward, batch 2")
+    times = in_turns({"baseline": baseline, "ours": ours}, repeats)
+    note = "forward and backward, batch 2"
+    return Result(f"pooling/{num_organs}", times["baseline"], times["ours"], difference, note)
 
 
 def _without_key_bias(results: list[Tensor]) -> list[Tensor]:
@@ -82,24 +87,11 @@ def _without_key_bias(results: list[Tensor]) -> list[Tensor]:
     return kept
 
 
-def result(
-    name: str,
-    baseline: tuple[float, float],
-    ours: tuple[float, float],
-    difference: float | None,
-    note: str = "",
-) -> Result:
-    """A `Result` from (CPU, wall) pairs."""
-    return Result(name, baseline[0], ours[0], baseline[1], ours[1], difference, note)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--organs", type=int, nargs="+", default=[4, 24], help="Numbers of organs (default: 4 24).")
     add_arguments(parser, repeats=5)
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse_arguments(parser, arguments)
     results = [bookkeeping(number, options.repeats) for number in options.organs]
     results += [pooling(number, options.repeats) for number in options.organs]
     report(results, options.json)

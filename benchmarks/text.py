@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.inputs import Batch, make_batch, make_model
-from benchmarks.measure import Result, add_arguments, in_turns, relative_difference, report
+from benchmarks.measure import (
+    Result,
+    add_arguments,
+    count_flop,
+    in_turns,
+    measure_peak,
+    parse_arguments,
+    relative_difference,
+    report,
+)
 from benchmarks.published import embed_captions
 from modeling_fvlm import FVLMModel
 
@@ -89,10 +98,12 @@ def compare(num_organs: int, baseline_organs: int, repeats: int) -> Result:
         embeds.sum().backward()
         model.zero_grad(set_to_none=True)
 
-    theirs, own = in_turns(lambda: step(baseline(model)), lambda: step(ours(model, num_organs)), repeats)
-    theirs = tuple(seconds * num_organs / part for seconds in theirs)
+    ways = {"baseline": lambda: step(baseline(model)), "ours": lambda: step(ours(model, num_organs))}
+    times = in_turns(ways, repeats)
+    theirs = times["baseline"] * (num_organs / part)
+    bound_s = measure_peak().seconds(count_flop(ways["ours"]))
     note = "" if part == num_organs else f"baseline timed on {part} organs and multiplied by {num_organs / part:g}"
-    return Result(f"text/{num_organs}", theirs[0], own[0], theirs[1], own[1], difference, note)
+    return Result(f"text/{num_organs}", theirs, times["ours"], difference, note, bound_s)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,9 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--organs", type=int, nargs="+", default=[4, 24], help="Numbers of organs (default: 4 24).")
     parser.add_argument("--baseline_organs", type=int, default=2, help="Organs of the baseline (default: %(default)s).")
     add_arguments(parser, repeats=2)
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse_arguments(parser, arguments)
     report([compare(number, options.baseline_organs, options.repeats) for number in options.organs], options.json)
     return 0
 

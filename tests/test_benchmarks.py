@@ -75,15 +75,17 @@ def test_the_baseline_has_the_same_loss():
 
 def test_ways_take_turns_and_the_first_is_not_counted():
     order = []
-    baseline, ours = measure.in_turns(lambda: order.append("A"), lambda: order.append("B"), repeats=2)
-    assert "".join(order) == "ABABAB" and len(baseline) == len(ours) == 2
+    times = measure.in_turns({"baseline": lambda: order.append("A"), "ours": lambda: order.append("B")}, repeats=2)
+    assert "".join(order) == "ABABAB" and list(times) == ["baseline", "ours"]
+    assert times["ours"] * 2 + times["ours"] == times["ours"] * 3
 
 
 def test_results_are_written_as_a_list_of_objects(tmp_path):
-    result = measure.Result("text/4", 8.0, 2.0, 9.0, 3.0, 1e-6, "a note")
+    result = measure.Result("text/4", measure.Times(8.0, 9.0), measure.Times(2.0, 3.0), 1e-6, "a note", bound_s=0.5)
     measure.report([result], tmp_path / "out" / "r.json")
     (written,) = json.loads((tmp_path / "out" / "r.json").read_text())
     promised = {"name": "text/4", "baseline_s": 8.0, "ours_s": 2.0, "ratio": 4.0, "max_rel_diff": 1e-6}
+    promised |= {"bound_s": 0.5, "distance": 4.0, "baseline_wall_s": 9.0}
     assert promised.items() <= written.items()
 
 
@@ -91,3 +93,10 @@ def test_differences_are_relative_to_the_baseline():
     one, other = torch.tensor([1.0, -20.0]), torch.tensor([1.0, -10.0])
     assert measure.relative_difference([one], [other]) == 1.0
     assert measure.relative_difference([torch.tensor([3e-9])], [torch.tensor([1e-9])]) < 1e-8, "noise is not divided"
+
+
+def test_operations_are_counted_and_bound_the_time():
+    one = torch.ones(8, 16)
+    assert measure.count_flop(lambda: one @ one.T) == 2 * 8 * 16 * 8
+    assert measure.Peak(100.0).seconds(250) == 2.5
+    assert measure.measure_peak(edge=64).flop_per_cpu_s > 0
