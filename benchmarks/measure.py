@@ -166,10 +166,12 @@ def relative_difference(ours: Iterable[Tensor], baseline: Iterable[Tensor]) -> f
 
 def report(results: list[Result], path: Path | None) -> None:
     """Print the results as a table, and write them as JSON where asked to."""
-    table = Table(title="medians in seconds of CPU time (wall time in brackets)")
-    columns = ("name", "baseline", "ours", "ratio", "largest relative difference", "FLOP bound", "ours / bound")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "name" else "right")
+    table = Table(
+        title="medians in seconds of CPU time (wall time)",
+        caption="difference: largest, relative; bound: FLOP of ours at this machine's GEMM rate; / bound: ours over it",
+    )
+    for column in ("name", "baseline", "ours", "ratio", "difference", "bound", "/ bound"):
+        table.add_column(column, justify="left" if column == "name" else "right", no_wrap=column == "name")
     for result in results:
         table.add_row(
             result.name,
