@@ -12,6 +12,7 @@ Arrays are (depth, height, width); a label map holds `organ index + 1` and 0 for
 """
 
 import inspect
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +24,14 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_fvlm import FVLMConfig
+from .dropout import Dropout
 from .loss import organ_contrastive_loss
 from .pooling import OrganPooling, OrganProjection
 from .vision import FVLMVisionModel, token_grid
 
-# A bucket of captions below this many costs more in kernel launches than it saves in padding.
-MIN_TEXTS_PER_BUCKET = 32
-MAX_TEXT_BUCKETS = 6
+# What one more bucket of captions costs, in tokens: on a CPU a pass over the weights and their gradients, on a GPU
+# the launches of all kernels of the encoder.
+BUCKET_COST_CPU, BUCKET_COST = 48, 8192
 
 
 @dataclass
@@ -148,7 +150,42 @@ def build_text_model(text_config, token_types: bool = True) -> PreTrainedModel:
         tables = [name for name, _ in text_model.named_modules() if name.endswith("token_type_embeddings")]
         for name in tables:
             text_model.set_submodule(name, NoTokenTypes())
+    for name, module in list(text_model.named_modules()):
+        if type(module) is nn.Dropout:
+            text_model.set_submodule(name, Dropout(module.p))
     return text_model
+
+
+def length_buckets(lengths: list[int], bucket_cost: int) -> tuple[list[int], list[int]]:
+    """Cut sorted lengths into the buckets that cost least: every bucket is padded to its longest.
+
+    Args:
+        lengths: In rising order.
+        bucket_cost: What a further bucket costs, in tokens.
+
+    Returns:
+        Number of texts of every bucket, and its longest length; at least 1, also for texts without a token.
+    """
+    # Texts of one length stay together: the best cut is found over the different lengths, each bucket's end in turn.
+    different = sorted(set(lengths))
+    texts_until = [0, *(bisect_right(lengths, length) for length in different)]
+    best: list[tuple[int, int]] = [(0, 0)]  # least cost of the first lengths, and where their last bucket begins
+    for stop, length in enumerate(different, start=1):
+        best.append(
+            min(
+                (best[start][0] + (texts_until[stop] - texts_until[start]) * length + bucket_cost, start)
+                for start in range(stop)
+            )
+        )
+    sizes: list[int] = []
+    longest: list[int] = []
+    stop = len(different)
+    while stop:
+        start = best[stop][1]
+        sizes.append(texts_until[stop] - texts_until[start])
+        longest.append(max(different[stop - 1], 1))
+        stop = start
+    return sizes[::-1], longest[::-1]
 
 
 class Temperature(nn.Module):
@@ -325,21 +362,16 @@ class FVLMModel(FVLMPreTrainedModel):
             raise ValueError(
                 "input_ids holds no text; a batch without captions carries one empty text (encode_captions)."
             )
-        num_buckets = min(num_texts // MIN_TEXTS_PER_BUCKET, MAX_TEXT_BUCKETS)
-        if num_buckets <= 1:
-            pooled = self.pool_text(input_ids, attention_mask)
-        else:
-            # Position after the last real token: cutting there is safe for left padding too (it cuts nothing).
-            ends = (attention_mask * torch.arange(1, num_tokens + 1, device=input_ids.device)).amax(1)
-            ends, order = ends.sort()
-            sizes = [len(bucket) for bucket in order.tensor_split(num_buckets)]
-            longest = ends[torch.tensor(sizes, device=ends.device).cumsum(0) - 1].tolist()
-            pooled = torch.cat(
-                [
-                    self.pool_text(input_ids[bucket, :end], attention_mask[bucket, :end])
-                    for bucket, end in zip(order.split(sizes), longest)
-                ]
-            ).index_select(0, order.argsort())
+        # Position after the last real token: cutting there is safe for left padding too (it cuts nothing).
+        ends = (attention_mask * torch.arange(1, num_tokens + 1, device=input_ids.device)).amax(1)
+        ends, order = ends.sort()
+        sizes, longest = length_buckets(ends.tolist(), BUCKET_COST_CPU if ends.device.type == "cpu" else BUCKET_COST)
+        pooled = torch.cat(
+            [
+                self.pool_text(input_ids[bucket, :end], attention_mask[bucket, :end])
+                for bucket, end in zip(order.split(sizes), longest)
+            ]
+        ).index_select(0, order.argsort())
         return F.normalize(self.text_projection(pooled).float(), dim=-1)
 
     def pool_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from .configuration_fvlm import FVLMVisionConfig
+from .dropout import Dropout, attention_with_dropout, runs_here
 
 
 @dataclass
@@ -153,7 +154,7 @@ class FVLMPatchEmbedding(nn.Module):
         num_positions = self.position_grid[0] * self.position_grid[1] * self.position_grid[2]
         self.projection = nn.Conv3d(config.num_channels, config.hidden_size, self.patch_size, self.patch_size)
         self.position_embeddings = nn.Parameter(torch.zeros(num_positions, config.hidden_size))
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def interpolated_positions(self, grid: tuple[int, ...]) -> Tensor:
         """Position embeddings `(tokens, hidden)` of a grid: as learned, or trilinear when the grid is another one."""
@@ -221,24 +222,23 @@ class FVLMVisionAttention(nn.Module):
         self.is_causal = False
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
         batch, num_tokens, _ = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch, num_tokens, 3, self.num_heads, self.head_size)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, head size)
-        attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        context, _ = attention_function(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        implementation = self.config._attn_implementation
+        # On the CPU the SDPA of PyTorch has no fused kernel with dropout, and a slow one without fusion.
+        if 0 < dropout < 1 and implementation == "sdpa" and runs_here(query) and query.dtype.itemsize >= 4:
+            key_is_real = None if attention_mask is None else attention_mask[:, 0, 0]
+            context = attention_with_dropout(query, key, value, key_is_real, dropout, self.scaling)
+        else:
+            attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            context, _ = attention_function(
+                self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout
+            )
         return self.dropout(self.out_proj(context.flatten(2)))
 
 
@@ -250,7 +250,7 @@ class FVLMVisionMLP(nn.Module):
         self.linear1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
         self.linear2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         hidden_states = self.dropout(self.activation(self.linear1(hidden_states)))

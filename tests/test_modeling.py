@@ -1,7 +1,9 @@
 """The whole model: its parts by slower roads, saving and loading, precision, training steps."""
 
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertModel
 
 from modeling_fvlm import FVLMConfig, FVLMModel, modeling_fvlm
-from modeling_fvlm.modeling_fvlm import build_text_model, organ_occupancy
+from modeling_fvlm.modeling_fvlm import build_text_model, length_buckets, organ_occupancy
 
 PATIENTS, ORGANS, TEXTS, TOKENS = 3, ["lung", "heart", "aorta"], 5, 7
 VOLUME_SIZE, PATCH_SIZE = (4, 12, 32), (2, 4, 8)  # token grid (2, 3, 4): no two edges alike
@@ -204,7 +206,7 @@ def test_attentions_lie_on_the_organs_own_patches(batch, token_selection):
 @pytest.mark.parametrize("text_pooling", ["cls", "mean"])
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 def test_buckets_and_padding_do_not_change_a_caption(monkeypatch, text_pooling, padding_side):
-    """Twelve captions in four buckets, in one padded batch, and one by one without padding."""
+    """Twelve captions in several buckets, in one padded batch, and one by one without padding."""
     model = make_model(text_pooling=text_pooling).eval()
     generator = torch.Generator().manual_seed(2)
     lengths = torch.randint(1, 10, (12,), generator=generator)
@@ -213,19 +215,23 @@ def test_buckets_and_padding_do_not_change_a_caption(monkeypatch, text_pooling, 
     if padding_side == "left":
         input_ids, attention_mask = input_ids.flip(1), attention_mask.flip(1)
         # BERT counts positions from the left, padding included: only the bucketed and the whole batch are comparable.
-    whole = model.get_text_features(input_ids, attention_mask)
-    torch.testing.assert_close(whole.norm(dim=-1), torch.ones(12))
-
-    monkeypatch.setattr(modeling_fvlm, "MIN_TEXTS_PER_BUCKET", 3)
     calls = []
     model.text_model.register_forward_hook(
         lambda module, args, output: calls.append(output.last_hidden_state.shape[:2])
     )
+    monkeypatch.setattr(modeling_fvlm, "BUCKET_COST_CPU", 10**9)
+    whole = model.get_text_features(input_ids, attention_mask)
+    torch.testing.assert_close(whole.norm(dim=-1), torch.ones(12))
+    longest = 13 if padding_side == "left" else int(lengths.max())
+    assert calls == [(12, longest)]
+
+    monkeypatch.setattr(modeling_fvlm, "BUCKET_COST_CPU", 0)
     bucketed = model.get_text_features(input_ids, attention_mask)
-    assert len(calls) == 4 and sum(rows for rows, _ in calls) == 12
+    if padding_side == "right":
+        assert [end for _, end in calls[1:]] == sorted(set(lengths.tolist())), "for nothing, one for each length"
+    assert sum(rows for rows, _ in calls[1:]) == 12
     torch.testing.assert_close(bucketed, whole, rtol=0, atol=1e-5)
     if padding_side == "right":
-        assert [end for _, end in calls] == [int(part.max()) for part in lengths.sort().values.tensor_split(4)]
         alone = [model.get_text_features(row[None, :end]) for row, end in zip(input_ids, lengths.tolist())]
         torch.testing.assert_close(whole, torch.cat(alone), rtol=0, atol=1e-5)
     for ours, theirs in zip(
@@ -233,6 +239,25 @@ def test_buckets_and_padding_do_not_change_a_caption(monkeypatch, text_pooling, 
         torch.autograd.grad(whole[:, 0].sum(), list(model.text_model.parameters())),
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_buckets_are_the_cheapest_of_all_cuts():
+    """Against every cut of the sorted lengths, tried one by one."""
+    generator = random.Random(0)
+    for _ in range(30):
+        lengths = sorted(generator.choices(range(0, 30), k=generator.randint(1, 9)))
+        cost = generator.choice([0, 5, 20, 1000])
+        sizes, longest = length_buckets(lengths, cost)
+        assert sum(sizes) == len(lengths) and min(sizes) > 0 and min(longest) >= 1
+        starts = [0, *itertools.accumulate(sizes)]
+        assert all(max(lengths[a:b]) <= end for a, b, end in zip(starts, starts[1:], longest))
+
+        def price(cuts, lengths=lengths, cost=cost):
+            return sum((b - a) * lengths[b - 1] + cost for a, b in itertools.pairwise(cuts))
+
+        places = range(1, len(lengths))
+        all_cuts = [c for n in range(len(lengths)) for c in itertools.combinations(places, n)]
+        assert price(starts) == min(price([0, *cuts, len(lengths)]) for cuts in all_cuts)
 
 
 def test_text_pooling_and_projection_written_out(batch):
@@ -442,7 +467,11 @@ def test_weights_load_exactly_and_in_bfloat16(batch, tmp_path):
     with torch.no_grad():
         expected = model(**batch)
         loaded = AutoModel.from_pretrained(tmp_path)
-        assert type(loaded) is FVLMModel and torch.equal(loaded.eval()(**batch).loss, expected.loss)
+        assert type(loaded) is FVLMModel
+        assert all(
+            torch.equal(ours, saved) for ours, saved in zip(loaded.parameters(), model.parameters(), strict=True)
+        )
+        torch.testing.assert_close(loaded.eval()(**batch).loss, expected.loss, rtol=1e-6, atol=0)
         half = FVLMModel.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
         assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
         output = half(**batch)
