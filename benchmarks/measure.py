@@ -22,9 +22,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 console = Console()
+
+# PyTorch 2.13 counts the attention kernels of GPUs, not that of the CPU. Their first arguments are the shapes.
+CPU_ATTENTION_FLOP = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -108,10 +116,10 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     return options
 
 
-def in_turns(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
-    """Median seconds of each way; the first turn of each warms up and is not counted."""
+def in_turns(ways: Mapping[str, Callable[[], object]], repeats: int, warm_up: bool = True) -> dict[str, Times]:
+    """Median seconds of each way; with `warm_up` a first turn of each is not counted."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
+    for turn in range(0 if warm_up else 1, repeats + 1):
         for name, way in ways.items():
             cpu, wall = time.process_time(), time.perf_counter()
             way()
@@ -122,7 +130,7 @@ def in_turns(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str
 
 def count_flop(way: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products, convolutions and attention that `way` runs."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOP) as counter:
         way()
     return counter.get_total_flops()
 

@@ -12,7 +12,6 @@ Arrays are (depth, height, width); a label map holds `organ index + 1` and 0 for
 """
 
 import inspect
-from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +26,8 @@ from .configuration_fvlm import FVLMConfig
 from .dropout import Dropout
 from .loss import organ_contrastive_loss
 from .pooling import OrganPooling, OrganProjection
+from .text_batches import PACKABLE_MODELS, PackedTexts, bucket_cost, length_buckets, real_tokens
 from .vision import FVLMVisionModel, token_grid
-
-# What one more bucket of captions costs, in tokens: on a CPU a pass over the weights and their gradients, on a GPU
-# the launches of all kernels of the encoder.
-BUCKET_COST_CPU, BUCKET_COST = 48, 8192
 
 
 @dataclass
@@ -154,38 +150,6 @@ def build_text_model(text_config, token_types: bool = True) -> PreTrainedModel:
         if type(module) is nn.Dropout:
             text_model.set_submodule(name, Dropout(module.p))
     return text_model
-
-
-def length_buckets(lengths: list[int], bucket_cost: int) -> tuple[list[int], list[int]]:
-    """Cut sorted lengths into the buckets that cost least: every bucket is padded to its longest.
-
-    Args:
-        lengths: In rising order.
-        bucket_cost: What a further bucket costs, in tokens.
-
-    Returns:
-        Number of texts of every bucket, and its longest length; at least 1, also for texts without a token.
-    """
-    # Texts of one length stay together: the best cut is found over the different lengths, each bucket's end in turn.
-    different = sorted(set(lengths))
-    texts_until = [0, *(bisect_right(lengths, length) for length in different)]
-    best: list[tuple[int, int]] = [(0, 0)]  # least cost of the first lengths, and where their last bucket begins
-    for stop, length in enumerate(different, start=1):
-        best.append(
-            min(
-                (best[start][0] + (texts_until[stop] - texts_until[start]) * length + bucket_cost, start)
-                for start in range(stop)
-            )
-        )
-    sizes: list[int] = []
-    longest: list[int] = []
-    stop = len(different)
-    while stop:
-        start = best[stop][1]
-        sizes.append(texts_until[stop] - texts_until[start])
-        longest.append(max(different[stop - 1], 1))
-        stop = start
-    return sizes[::-1], longest[::-1]
 
 
 class Temperature(nn.Module):
@@ -345,8 +309,8 @@ class FVLMModel(FVLMPreTrainedModel):
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Embed captions or prompts.
 
-        Many captions run in buckets of similar length, each cut to its longest, so that one long caption does not
-        make all others long. The result is that of one padded batch.
+        Padding is left out: several texts share a row where the encoder allows it, and otherwise run in buckets of
+        similar length (text_batches.py). The result is that of one padded batch.
 
         Args:
             input_ids: `(texts, tokens)`.
@@ -357,28 +321,48 @@ class FVLMModel(FVLMPreTrainedModel):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        num_texts, num_tokens = input_ids.shape
-        if num_texts == 0:
+        if len(input_ids) == 0:
             raise ValueError(
                 "input_ids holds no text; a batch without captions carries one empty text (encode_captions)."
             )
-        # Position after the last real token: cutting there is safe for left padding too (it cuts nothing).
-        ends = (attention_mask * torch.arange(1, num_tokens + 1, device=input_ids.device)).amax(1)
-        ends, order = ends.sort()
-        sizes, longest = length_buckets(ends.tolist(), BUCKET_COST_CPU if ends.device.type == "cpu" else BUCKET_COST)
-        pooled = torch.cat(
-            [
-                self.pool_text(input_ids[bucket, :end], attention_mask[bucket, :end])
-                for bucket, end in zip(order.split(sizes), longest)
-            ]
-        ).index_select(0, order.argsort())
+        is_real = real_tokens(attention_mask)
+        implementation = self.text_model.config._attn_implementation
+        if self.config.text_config.model_type in PACKABLE_MODELS and implementation in ("sdpa", "eager"):
+            pooled = self.pool_packed_texts(PackedTexts(input_ids, is_real), is_additive=implementation == "eager")
+        else:
+            pooled = self.pool_bucketed_texts(input_ids, is_real)
         return F.normalize(self.text_projection(pooled).float(), dim=-1)
+
+    def pool_packed_texts(self, texts: PackedTexts, is_additive: bool) -> Tensor:
+        """Encode texts that share rows and pool each into one vector `(texts, text hidden size)`."""
+        dtype = self.text_model.dtype
+        if torch.is_autocast_enabled(texts.input_ids.device.type):
+            dtype = torch.get_autocast_dtype(texts.input_ids.device.type)
+        hidden_states = self.text_model(
+            input_ids=texts.input_ids,
+            attention_mask=texts.attention_mask(dtype if is_additive else None),
+            position_ids=texts.position_ids,
+        ).last_hidden_state
+        return texts.first_tokens(hidden_states) if self.config.text_pooling == "cls" else texts.means(hidden_states)
+
+    def pool_bucketed_texts(self, input_ids: Tensor, is_real: Tensor) -> Tensor:
+        """Encode texts in buckets of similar length, each cut to its longest, and pool each into one vector."""
+        # Position after the last real token: cutting there is safe for left padding too (it cuts nothing).
+        ends = (is_real * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).amax(1)
+        ends, order = ends.sort()
+        sizes, longest = length_buckets(ends.tolist(), bucket_cost(input_ids.device))
+        pooled = [
+            self.pool_text(input_ids[bucket, :end], is_real[bucket, :end].long())
+            for bucket, end in zip(order.split(sizes), longest)
+        ]
+        return torch.cat(pooled).index_select(0, order.argsort())
 
     def pool_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode texts and pool each into one vector `(texts, text hidden size)` by `config.text_pooling`."""
         hidden_states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         if self.config.text_pooling == "cls":
-            return hidden_states[:, 0]
+            first = attention_mask.argmax(1)  # not column 0, should the padding stand in front
+            return hidden_states[torch.arange(len(first), device=first.device), first]
         weights = attention_mask[..., None].to(hidden_states.dtype)
         return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
 

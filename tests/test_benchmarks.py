@@ -99,5 +99,9 @@ def test_differences_are_relative_to_the_baseline():
 def test_operations_are_counted_and_bound_the_time():
     one = torch.ones(8, 16)
     assert measure.count_flop(lambda: one @ one.T) == 2 * 8 * 16 * 8
+    query = torch.ones(2, 3, 5, 4, requires_grad=True)
+    attend = lambda: F.scaled_dot_product_attention(query, query, query).sum().backward()  # noqa: E731
+    one_product = 2 * 2 * 3 * 5 * 5 * 4
+    assert measure.count_flop(attend) == 7 * one_product, "two forward, five backward: the logits are made again"
     assert measure.Peak(100.0).seconds(250) == 2.5
     assert measure.measure_peak(edge=64).flop_per_cpu_s > 0

@@ -1,9 +1,7 @@
 """The whole model: its parts by slower roads, saving and loading, precision, training steps."""
 
-import itertools
 import json
 import os
-import random
 import subprocess
 import sys
 
@@ -12,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertModel
 
-from modeling_fvlm import FVLMConfig, FVLMModel, modeling_fvlm
-from modeling_fvlm.modeling_fvlm import build_text_model, length_buckets, organ_occupancy
+from modeling_fvlm import FVLMConfig, FVLMModel, modeling_fvlm, text_batches
+from modeling_fvlm.modeling_fvlm import build_text_model, organ_occupancy
 
 PATIENTS, ORGANS, TEXTS, TOKENS = 3, ["lung", "heart", "aorta"], 5, 7
 VOLUME_SIZE, PATCH_SIZE = (4, 12, 32), (2, 4, 8)  # token grid (2, 3, 4): no two edges alike
@@ -203,61 +201,58 @@ def test_attentions_lie_on_the_organs_own_patches(batch, token_selection):
 # --- captions -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("text_pooling", ["cls", "mean"])
 @pytest.mark.parametrize("padding_side", ["right", "left"])
-def test_buckets_and_padding_do_not_change_a_caption(monkeypatch, text_pooling, padding_side):
-    """Twelve captions in several buckets, in one padded batch, and one by one without padding."""
+def test_packing_buckets_and_padding_do_not_change_a_caption(monkeypatch, text_pooling, padding_side, attention):
+    """Twelve captions in shared rows, in buckets, in one padded batch, and one by one without padding."""
     model = make_model(text_pooling=text_pooling).eval()
+    model.set_attn_implementation(attention)
     generator = torch.Generator().manual_seed(2)
     lengths = torch.randint(1, 10, (12,), generator=generator)
     attention_mask = (torch.arange(13) < lengths[:, None]).long()
     input_ids = torch.randint(5, 40, (12, 13), generator=generator) * attention_mask
     if padding_side == "left":
         input_ids, attention_mask = input_ids.flip(1), attention_mask.flip(1)
-        # BERT counts positions from the left, padding included: only the bucketed and the whole batch are comparable.
     calls = []
     model.text_model.register_forward_hook(
-        lambda module, args, output: calls.append(output.last_hidden_state.shape[:2])
+        lambda module, args, output: calls.append(tuple(output.last_hidden_state.shape[:2]))
     )
-    monkeypatch.setattr(modeling_fvlm, "BUCKET_COST_CPU", 10**9)
-    whole = model.get_text_features(input_ids, attention_mask)
-    torch.testing.assert_close(whole.norm(dim=-1), torch.ones(12))
-    longest = 13 if padding_side == "left" else int(lengths.max())
-    assert calls == [(12, longest)]
+    monkeypatch.setattr(text_batches, "SHORTEST_ROW", 20)
+    packed = model.get_text_features(input_ids, attention_mask)
+    ((rows, row_length),) = calls
+    assert int(lengths.sum()) <= rows * row_length < 12 * int(lengths.max()) and rows > 1
+    torch.testing.assert_close(packed.norm(dim=-1), torch.ones(12))
 
-    monkeypatch.setattr(modeling_fvlm, "BUCKET_COST_CPU", 0)
+    monkeypatch.setattr(modeling_fvlm, "PACKABLE_MODELS", ())
+    monkeypatch.setattr(text_batches, "BUCKET_COST_CPU", 10**9)
+    calls.clear()
+    whole = model.get_text_features(input_ids, attention_mask)
+    assert calls == [(12, 13 if padding_side == "left" else int(lengths.max()))]
+    monkeypatch.setattr(text_batches, "BUCKET_COST_CPU", 0)
+    calls.clear()
     bucketed = model.get_text_features(input_ids, attention_mask)
     if padding_side == "right":
-        assert [end for _, end in calls[1:]] == sorted(set(lengths.tolist())), "for nothing, one for each length"
-    assert sum(rows for rows, _ in calls[1:]) == 12
-    torch.testing.assert_close(bucketed, whole, rtol=0, atol=1e-5)
-    if padding_side == "right":
+        assert [end for _, end in calls] == sorted(set(lengths.tolist())), "for nothing: one for each length"
+        # BERT counts positions from the left, padding included: only texts padded on the right can stand alone.
         alone = [model.get_text_features(row[None, :end]) for row, end in zip(input_ids, lengths.tolist())]
         torch.testing.assert_close(whole, torch.cat(alone), rtol=0, atol=1e-5)
-    for ours, theirs in zip(
-        torch.autograd.grad(bucketed[:, 0].sum(), list(model.text_model.parameters())),
-        torch.autograd.grad(whole[:, 0].sum(), list(model.text_model.parameters())),
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for other in (bucketed, packed):
+        torch.testing.assert_close(other, whole, rtol=0, atol=1e-5)
+        for ours, theirs in zip(
+            torch.autograd.grad(other[:, 0].sum(), list(model.text_model.parameters()), retain_graph=True),
+            torch.autograd.grad(whole[:, 0].sum(), list(model.text_model.parameters()), retain_graph=True),
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_buckets_are_the_cheapest_of_all_cuts():
-    """Against every cut of the sorted lengths, tried one by one."""
-    generator = random.Random(0)
-    for _ in range(30):
-        lengths = sorted(generator.choices(range(0, 30), k=generator.randint(1, 9)))
-        cost = generator.choice([0, 5, 20, 1000])
-        sizes, longest = length_buckets(lengths, cost)
-        assert sum(sizes) == len(lengths) and min(sizes) > 0 and min(longest) >= 1
-        starts = [0, *itertools.accumulate(sizes)]
-        assert all(max(lengths[a:b]) <= end for a, b, end in zip(starts, starts[1:], longest))
-
-        def price(cuts, lengths=lengths, cost=cost):
-            return sum((b - a) * lengths[b - 1] + cost for a, b in itertools.pairwise(cuts))
-
-        places = range(1, len(lengths))
-        all_cuts = [c for n in range(len(lengths)) for c in itertools.combinations(places, n)]
-        assert price(starts) == min(price([0, *cuts, len(lengths)]) for cuts in all_cuts)
+def test_a_text_without_tokens_is_read_as_its_first_and_harms_nobody():
+    model = make_model().eval()
+    input_ids = torch.tensor([[7, 8, 9], [5, 0, 0], [6, 7, 0]])
+    attention_mask = torch.tensor([[1, 1, 1], [0, 0, 0], [1, 1, 0]])
+    embeds = model.get_text_features(input_ids, attention_mask)
+    torch.testing.assert_close(embeds[[0, 2]], model.get_text_features(input_ids[[0, 2]], attention_mask[[0, 2]]))
+    torch.testing.assert_close(embeds[1:2], model.get_text_features(input_ids[1:2, :1]))
 
 
 def test_text_pooling_and_projection_written_out(batch):
