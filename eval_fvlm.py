@@ -13,6 +13,9 @@ Of the same protocol only windows and level, in bfloat16:
         --window_size 112 288 352 --published_windows --dtype bfloat16 --batch_size 16 --num_workers 8 \\
         --out runs/ct_rate_eval_bfloat16
 
+A quicker look at many organs, each scan in as few windows as hold them all; other surroundings, so other scores:
+    python eval_fvlm.py --model DIR --data DIR --tasks own.yaml --shared_windows --out runs/quick_eval
+
 Written to --out:
     metrics.json    macro_auc, num_findings, num_patients, per_finding, per_organ, what was left out and why, protocol
     scores.csv      one row per task, scan and finding: score (probability), label, is_complete; empty = not known
@@ -34,6 +37,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from evaluation_fvlm.errors import EvaluationError
+from evaluation_fvlm.prompts import default_cache
 from evaluation_fvlm.published_metrics import format_published_table
 from evaluation_fvlm.results import format_table, library_versions, task_protocol, window_protocol, write_results
 from evaluation_fvlm.split import LEVELS, check_split_matches, open_split, read_manifest, select_scans
@@ -100,6 +104,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Make windows as the published evaluation does: padded to whole patches only, behind the end, with "
         "hu_min, boxes one voxel short (default: padded evenly with air to the window size, as in training).",
     )
+    windows.add_argument(
+        "--shared_windows",
+        action="store_true",
+        help="Show organs that fit together into one window in one, centred on them all, so that a scan takes fewer "
+        "forwards (default: every organ in the middle of its own window; equal windows are computed once in any case). "
+        "Every organ stays whole, but its surroundings change, and so do the scores; metrics.json says so. Not with "
+        "published windows.",
+    )
     running = parser.add_argument_group("running")
     running.add_argument("--out", required=True, type=Path, help="Folder for the results; made if missing.")
     running.add_argument("--device", help="cuda, cuda:1, cpu ... (default: cuda if there is one, else cpu).")
@@ -111,7 +123,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "the third digit.",
     )
     running.add_argument("--batch_size", type=int, default=4, help="Windows per forward (default: %(default)s).")
-    running.add_argument("--num_workers", type=int, default=1, help="Threads that decode ahead (default: %(default)s).")
+    running.add_argument(
+        "--num_workers",
+        type=int,
+        default=1,
+        help="Threads that decode and cut scans ahead; the windows of one scan more than this lie in memory, and in "
+        "pinned memory on a GPU (default: %(default)s).",
+    )
+    cache = running.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--prompt_cache",
+        type=Path,
+        metavar="DIR",
+        help="Keep prompt embeddings there, named by a hash of text weights, token ids and settings, so that other "
+        "weights never meet them (default: fvlm/prompts in the Hugging Face cache on a CPU; none on other devices, "
+        "where embedding costs no more than the hash).",
+    )
+    cache.add_argument("--no_prompt_cache", action="store_true", help="Embed the prompts anew and keep nothing.")
     running.add_argument("--quiet", action="store_true", help="No progress bar and no table.")
     args = parser.parse_args(arguments)
     args.set_by = {}
@@ -119,6 +147,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         args.set_by[name] = "protocol" if getattr(args, name) is None else "command line"
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.shared_windows and args.published_windows:
+        parser.error(
+            "--shared_windows: published windows are one per organ. Leave it out, or add --no-published_windows."
+        )
     if args.tasks is None:
         parser.error("the following arguments are required: --tasks (only --protocol published brings its own).")
     for name in ("batch_size", "num_workers", "limit"):
@@ -201,8 +233,14 @@ def run(args: argparse.Namespace) -> dict:
         check_task_organs(task, model.config.organs)
     vision = model.config.vision_config
     rule = WindowRule(
-        tuple(args.window_size or vision.volume_size), tuple(vision.patch_size), published=args.published_windows
+        tuple(args.window_size or vision.volume_size),
+        tuple(vision.patch_size),
+        published=bool(args.published_windows),
+        shared=args.shared_windows,
     )
+    prompt_cache = args.prompt_cache
+    if prompt_cache is None and not args.no_prompt_cache and torch.device(device).type == "cpu":
+        prompt_cache = default_cache()
     manifest = read_manifest(args.data, args.data_revision)
     check_split_matches(manifest, model.config, args.data)
     warnings = protocol_warnings(args, manifest["settings"])
@@ -220,6 +258,7 @@ def run(args: argparse.Namespace) -> dict:
         num_workers=args.num_workers,
         dtype=DTYPES[args.dtype],
         progress=not args.quiet,
+        prompt_cache=prompt_cache,
     )
     published = args.protocol == "published"
     protocol = {
@@ -239,6 +278,7 @@ def run(args: argparse.Namespace) -> dict:
         "limit": args.limit,
         "organs": {"set": model.config.organ_set, "names": list(model.config.organs)},
         "windows": window_protocol(rule, scores),
+        "prompt_embeddings": "read from the prompt cache" if scores.prompts_are_cached else "computed",
         "score": "mean over prompt pairs of softmax([negative, positive] / temperature)",
         "temperature": 1.0 / scores.logit_scale,
         "absent_organs": "not scored; counted as 0 under `published`" if published else "not scored",

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-console = Console()
+console = Console(width=max(Console().width, 110))
 
 # PyTorch 2.13 counts the attention kernels of GPUs, not that of the CPU. Their first arguments are the shapes.
 CPU_ATTENTION_FLOP = {

@@ -9,23 +9,34 @@
 
 import argparse
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.inputs import make_batch, make_model
-from benchmarks.measure import Result, add_arguments, in_turns, parse_arguments, relative_difference, report
+from benchmarks.measure import (
+    Peak,
+    Result,
+    add_arguments,
+    count_flop,
+    in_turns,
+    measure_peak,
+    parse_arguments,
+    relative_difference,
+    report,
+)
 from benchmarks.published import organ_flags, pool_organs, pooling_attention
-from modeling_fvlm.geometry import organ_token_mask, organs_in_crop
+from modeling_fvlm.geometry import organ_bookkeeping
 
 NUM_LEVELS = 4
 
 
 def our_flags(mask: Tensor, num_organs: int, patch_size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """As `FVLMCollator.prepare` finds them."""
-    whole = tuple(slice(0, edge) for edge in mask.shape[1:])
-    tokens = [torch.from_numpy(organ_token_mask(patient, num_organs, patch_size)) for patient in mask.numpy()]
-    complete = [torch.from_numpy(organs_in_crop(patient, whole, num_organs)) for patient in mask.numpy()]
-    return torch.stack(tokens), torch.stack(complete)
+    start, size = (0, 0, 0), mask.shape[1:]
+    flags = [organ_bookkeeping(patient, start, size, num_organs, patch_size) for patient in mask.numpy()]
+    tokens, complete = (torch.from_numpy(np.stack(column)) for column in zip(*flags))
+    return tokens, complete
 
 
 def bookkeeping(num_organs: int, repeats: int) -> Result:
@@ -44,7 +55,7 @@ def bookkeeping(num_organs: int, repeats: int) -> Result:
     return Result(f"bookkeeping/{num_organs}", times["baseline"], times["ours"], difference)
 
 
-def pooling(num_organs: int, repeats: int) -> Result:
+def pooling(num_organs: int, repeats: int, peak: Peak) -> Result:
     """Time forward and backward of the pooling with dropout; compare outputs and gradients without."""
     model = make_model(num_organs)
     organ_tokens, _ = our_flags(make_batch(num_organs).mask, num_organs, (16, 16, 32))
@@ -73,7 +84,9 @@ def pooling(num_organs: int, repeats: int) -> Result:
     model.organ_pooling.dropout = rate
     times = in_turns({"baseline": baseline, "ours": ours}, repeats)
     note = "forward and backward, batch 2"
-    return Result(f"pooling/{num_organs}", times["baseline"], times["ours"], difference, note)
+    # By `backward`: the counter's module hooks refuse `autograd.grad`.
+    flop = count_flop(lambda: (model.organ_pooling(tuple(levels), organ_tokens)[0] * direction).sum().backward())
+    return Result(f"pooling/{num_organs}", times["baseline"], times["ours"], difference, note, peak.seconds(flop))
 
 
 def _without_key_bias(results: list[Tensor]) -> list[Tensor]:
@@ -93,7 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_arguments(parser, repeats=5)
     options = parse_arguments(parser, arguments)
     results = [bookkeeping(number, options.repeats) for number in options.organs]
-    results += [pooling(number, options.repeats) for number in options.organs]
+    peak = measure_peak()
+    results += [pooling(number, options.repeats, peak) for number in options.organs]
     report(results, options.json)
     return 0
 

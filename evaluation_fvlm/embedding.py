@@ -1,10 +1,15 @@
 """Organ embeddings of a whole split: the one part of an evaluation that runs the image tower.
 
-(1) A thread reads ahead: decodes a row, finds the organs' windows (windows.py) and which tokens each organ owns.
+(1) Threads read ahead while the tower runs: decode a row, cut out the organs' windows (windows.py), find which tokens
+    each organ owns. At most `num_workers + 1` scans are ahead; of a scan only its windows stay, in pinned memory where
+    the model is on a GPU.
 (2) Windows of equal size wait for each other, from whatever scan they come, and go through the model as one batch, as
     int16 HU: the model applies its own HU windows.
 (3) Each organ's embedding is kept from its own window. An organ absent from the mask has none; an organ that the
-    scan cuts has one and is marked as not complete (the published rule: scored, but known).
+    scan cuts has one and is marked as not complete (the published rule: scored, but known). Embeddings are fetched one
+    batch late, so that a GPU has its next batch before the host waits for this one.
+
+The copies to and from a GPU are asynchronous; that part has not been run on a GPU yet.
 
 Every score of this room (zero-shot here; retrieval, diagnostics) starts from these arrays, so the tower runs once.
 """
@@ -12,6 +17,7 @@ Every score of this room (zero-shot here; retrieval, diagnostics) starts from th
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,11 +27,12 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from evaluation_fvlm.errors import EvaluationError
-from evaluation_fvlm.windows import Window, WindowRule, organ_boxes, organ_windows
+from evaluation_fvlm.windows import WindowRule, organ_boxes, organ_windows
 from modeling_fvlm.geometry import organ_token_mask, organs_in_crop
 from modeling_fvlm.preparation import padding_hu
 from modeling_fvlm.processed_split import decode_volume
@@ -55,18 +62,27 @@ class _Scan:
     position: int
     identity: dict[str, str]
     labels: dict[str, int]
-    volume: np.ndarray  # (depth, height, width) int16 HU
     is_complete: np.ndarray  # (organs,) bool
-    windows: list[tuple[Window, list[int], np.ndarray]]  # window, its organs, organ_token_mask (organs, tokens)
+    windows: list[_CutWindow]
+
+
+@dataclass
+class _CutWindow:
+    """One window of a scan, cut out and padded."""
+
+    organ_indices: list[int]
+    volume: Tensor  # (depth, height, width) int16 HU
+    token_mask: Tensor  # (organs, tokens) bool
 
 
 @dataclass
 class _Batch:
-    """Windows of one size that wait to be forwarded together."""
+    """Windows of one size: while they wait for each other, and while the device computes them."""
 
-    volumes: list[np.ndarray] = field(default_factory=list)
-    token_masks: list[np.ndarray] = field(default_factory=list)
-    targets: list[tuple[int, list[int]]] = field(default_factory=list)  # (row of the result, organs) per window
+    windows: list[_CutWindow] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)  # each window's row in the result
+    image_embeds: Tensor | None = None  # (windows, organs, dim) float32 on the host, once launched
+    is_done: torch.cuda.Event | None = None  # what the host must wait for before it reads them; None: nothing
 
 
 def embed_split(
@@ -89,8 +105,9 @@ def embed_split(
             tokens stay in sight of the network.
         rule: How windows are made; default: of the model's `volume_size`.
         batch_size: Windows per forward.
-        num_workers: Threads that read ahead. Threads, since zlib, zstd, numpy and torch all release the interpreter
-            lock here, and a worker process would need shared memory for volumes of tens of megabytes.
+        num_workers: Threads that read ahead; each holds one scan's windows. Threads, since zlib, zstd, numpy and torch
+            all release the interpreter lock here, and a worker process would need shared memory for volumes of tens
+            of megabytes.
         dtype: Autocast the image tower to this, e.g. `torch.bfloat16`; None computes as the weights are.
         progress: Show a progress bar on stderr.
 
@@ -111,31 +128,41 @@ def embed_split(
         is_complete=np.zeros((num_rows, num_organs), bool),
     )
     outside = padding_hu(config.windows, rule.published or config.preprocessing == "published")
-    waiting: dict[tuple[int, int, int], _Batch] = {}
+    waiting: dict[tuple[int, ...], _Batch] = {}
+    launched: deque[_Batch] = deque()
     start = time.perf_counter()
 
     def prepare(position: int) -> _Scan:
-        return _prepare_scan(dataset[position], position, config, asked, rule)
+        return _prepare_scan(dataset[position], position, config, asked, rule, outside, model.device)
+
+    def forward(batch: _Batch) -> None:
+        launched.append(_launch(model, batch))
+        result.num_windows += len(batch.windows)
+        result.num_batches += 1
+        while len(launched) > 1:
+            _collect(launched.popleft(), result)
 
     with inference(model, dtype):
         scans = _read_ahead(prepare, num_rows, num_workers)
         for scan in tqdm(scans, total=num_rows, desc="scans", unit="scan", disable=not progress):
             result.scans.loc[scan.position] = [scan.identity[column] for column in SCAN_COLUMNS]
             result.labels[scan.position] = scan.labels
-            for window, organ_indices, token_mask in scan.windows:
-                result.is_present[scan.position, organ_indices] = True
-                result.is_complete[scan.position, organ_indices] = scan.is_complete[organ_indices]
-                batch = waiting.setdefault(window.size, _Batch())
-                batch.volumes.append(window.take(scan.volume, outside))
-                batch.token_masks.append(token_mask)
-                batch.targets.append((scan.position, organ_indices))
-                if len(batch.volumes) == batch_size:
-                    _forward(model, waiting.pop(window.size), result)
+            for window in scan.windows:
+                result.is_present[scan.position, window.organ_indices] = True
+                result.is_complete[scan.position, window.organ_indices] = scan.is_complete[window.organ_indices]
+                size = tuple(window.volume.shape)
+                batch = waiting.setdefault(size, _Batch())
+                batch.windows.append(window)
+                batch.positions.append(scan.position)
+                if len(batch.windows) == batch_size:
+                    forward(waiting.pop(size))
             # Odd sizes must not pile up in memory: past four batches' worth the fullest goes as it is.
-            while sum(len(batch.volumes) for batch in waiting.values()) > 4 * batch_size:
-                _forward(model, waiting.pop(max(waiting, key=lambda size: len(waiting[size].volumes))), result)
+            while sum(len(batch.windows) for batch in waiting.values()) > 4 * batch_size:
+                forward(waiting.pop(max(waiting, key=lambda size: len(waiting[size].windows))))
         for batch in waiting.values():
-            _forward(model, batch, result)
+            forward(batch)
+        for batch in launched:
+            _collect(batch, result)
     result.seconds = time.perf_counter() - start
     return result
 
@@ -167,8 +194,10 @@ def _read_ahead(prepare, count: int, num_workers: int) -> Iterator[_Scan]:
                 future.cancel()
 
 
-def _prepare_scan(row: dict, position: int, config, asked: list[int], rule: WindowRule) -> _Scan:
-    """(1) Decode one row and find its windows."""
+def _prepare_scan(
+    row: dict, position: int, config, asked: list[int], rule: WindowRule, outside: int, device: torch.device
+) -> _Scan:
+    """(1) Decode one row and cut out its windows; `outside` is the HU of what lies outside the scan."""
     # Resampling cuts the extent off to N whole voxels and spreads them over it: the exact spacing is up to 1 / N above
     # the model's, never below it, but where less than one voxel fits. A row does not tell N, only that its own shape is
     # no larger. The published preparation departs on purpose; there `check_split_matches` has to do.
@@ -189,7 +218,11 @@ def _prepare_scan(row: dict, position: int, config, asked: list[int], rule: Wind
     boxes = organ_boxes(mask, num_organs)
     boxes = [box if organ_index in asked else None for organ_index, box in enumerate(boxes)]
     windows = [
-        (window, organ_indices, organ_token_mask(window.take(mask, 0), num_organs, rule.patch_size))
+        _CutWindow(
+            organ_indices,
+            _for_device(torch.from_numpy(window.take(volume, outside)), device),
+            torch.from_numpy(organ_token_mask(window.take(mask, 0), num_organs, rule.patch_size)),
+        )
         for window, organ_indices in organ_windows(boxes, mask.shape, rule).items()
     ]
     whole = tuple(slice(0, edge) for edge in mask.shape)
@@ -197,29 +230,48 @@ def _prepare_scan(row: dict, position: int, config, asked: list[int], rule: Wind
         position=position,
         identity={column: row[column] for column in SCAN_COLUMNS},
         labels={label["finding"]: int(label["value"]) for label in row["labels"] or []},
-        volume=volume,
         is_complete=organs_in_crop(mask, whole, num_organs, config.completeness, config.min_organ_voxels),
         windows=windows,
     )
 
 
-def _forward(model: PreTrainedModel, batch: _Batch, result: SplitEmbeddings) -> None:
-    """(2), (3) Run one batch and keep of each window the organs that it was made for."""
-    token_mask = torch.from_numpy(np.stack(batch.token_masks)).to(model.device)  # (batch, organs, tokens)
+def _for_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor in memory from which a GPU copies while the host goes on."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _launch(model: PreTrainedModel, batch: _Batch) -> _Batch:
+    """(2) Start one batch and the way of its embeddings back to the host. On a GPU nothing here waits for either."""
+    device = model.device
+    size = (len(batch.windows), *batch.windows[0].volume.shape)
+    volume = torch.empty(size, dtype=torch.int16, device=device)
+    for target, window in zip(volume, batch.windows):
+        target.copy_(window.volume, non_blocking=True)
+    token_mask = _for_device(torch.stack([window.token_mask for window in batch.windows]), device)
+    token_mask = token_mask.to(device, non_blocking=True)  # (windows, organs, tokens)
     features = model.get_organ_features(
-        volume=torch.from_numpy(np.stack(batch.volumes)).to(model.device),  # (batch, depth, height, width) int16
+        volume=volume,
         organ_token_mask=token_mask,
         organ_is_complete=token_mask.any(dim=-1),  # completeness is judged on the stored volume, not on a window
     )
-    image_embeds = features.image_embeds.float().cpu().numpy()
-    for embeds, (position, organ_indices) in zip(image_embeds, batch.targets):
+    # An asynchronous copy to the host goes to pinned memory; the numbers are there once the event has happened.
+    batch.image_embeds = features.image_embeds.float().to("cpu", non_blocking=device.type == "cuda")
+    if device.type == "cuda":
+        batch.is_done = torch.cuda.Event()
+        batch.is_done.record(torch.cuda.current_stream(device))
+    return batch
+
+
+def _collect(batch: _Batch, result: SplitEmbeddings) -> None:
+    """(3) Keep of each window the organs that it was made for."""
+    if batch.is_done is not None:
+        batch.is_done.synchronize()
+    for embeds, window, position in zip(batch.image_embeds.numpy(), batch.windows, batch.positions):
         # Kept, it would look like an organ that the mask lacks.
-        broken = [result.organs[index] for index in organ_indices if not np.isfinite(embeds[index]).all()]
+        broken = [result.organs[index] for index in window.organ_indices if not np.isfinite(embeds[index]).all()]
         if broken:
             raise EvaluationError(
                 f"{result.scans.loc[position, 'recon_id']}: the embedding of {broken} is not finite. The weights may "
                 "be those of a run that diverged; otherwise compute in float32."
             )
-        result.image_embeds[position, organ_indices] = embeds[organ_indices]
-    result.num_windows += len(batch.volumes)
-    result.num_batches += 1
+        result.image_embeds[position, window.organ_indices] = embeds[window.organ_indices]

@@ -36,6 +36,10 @@ def window_protocol(rule: WindowRule, scores: ZeroShotScores) -> dict:
     return {
         "size": list(rule.size),
         "rule": "published" if rule.published else "padded to size",
+        "context": "shared: organs that fit into one window are seen in one, so scores differ from those of centred "
+        "windows"
+        if rule.shared
+        else "centred: every organ in the middle of its window, as far as the scan reaches",
         "num_windows": scores.embeddings.num_windows,
         "num_batches": scores.embeddings.num_batches,
     }

@@ -4,15 +4,17 @@ For a finding of organ o, with unit-length embeddings and the model's temperatur
 
     score = mean over prompt pairs i of softmax([v_o . n_i, v_o . p_i] / t)[1]
 
-(1) Every sentence of every task is embedded once. (2) The image tower runs once over the split (embedding.py).
-(3) Scores are then a product of two small matrices. A scan whose organ is absent gets NO score, never a zero; a scan
-whose label is unknown keeps its score and has no label. Both stay in the table and are counted by metrics.py.
+(1) Every sentence of every task is embedded once (prompts.py). (2) The image tower runs once over the split
+(embedding.py). (3) Scores are then a product of two small matrices. A scan whose organ is absent gets NO score, never a
+zero; a scan whose label is unknown keeps its score and has no label. Both stay in the table and are counted by
+metrics.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,8 +22,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from evaluation_fvlm.embedding import SplitEmbeddings, embed_split, inference
+from evaluation_fvlm.embedding import SplitEmbeddings, embed_split
 from evaluation_fvlm.errors import EvaluationError
+from evaluation_fvlm.prompts import embed_prompts
 from evaluation_fvlm.tasks import Task, check_task_labels, check_task_organs
 from evaluation_fvlm.windows import WindowRule
 
@@ -44,6 +47,7 @@ class ZeroShotScores:
     embeddings: SplitEmbeddings
     logit_scale: float
     unlabelled: dict[str, list[str]]  # task -> its findings that no scan of the split has a label for
+    prompts_are_cached: bool = False  # their embeddings were read from a cache, not computed
 
     @property
     def seconds(self) -> float:
@@ -61,6 +65,7 @@ def evaluate_split(
     num_workers: int = 1,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    prompt_cache: Path | None = None,
 ) -> ZeroShotScores:
     """Score every finding of every task on every row of a processed split.
 
@@ -70,6 +75,8 @@ def evaluate_split(
         dataset: Rows to score, already narrowed by `split.select_scans`.
         tasks: Prompt sets from `tasks.load_task`.
         batch_size, rule, num_workers, dtype, progress: As for `embedding.embed_split`.
+        prompt_cache: Folder of prompt embeddings, see `prompts.embed_prompts`. None, the default, keeps none: during
+            training every evaluation has weights of its own.
 
     Raises:
         EvaluationError: Before any forward, if a task asks for an organ the model lacks, or the split labels none of
@@ -83,7 +90,7 @@ def evaluate_split(
     organs = [organ for organ in model.config.organs if organ in asked]
     tokenizer = getattr(processor, "tokenizer", processor)
     prompts = list(dict.fromkeys(prompt for task in tasks for prompt in task.prompts))
-    prompt_embeds = embed_prompts(model, tokenizer, prompts, dtype=dtype)  # (1)
+    prompt_embeds = embed_prompts(model, tokenizer, prompts, dtype=dtype, cache=prompt_cache)  # (1)
     embeddings = embed_split(  # (2)
         model,
         dataset,
@@ -97,42 +104,15 @@ def evaluate_split(
     logit_scale = 1.0 / model.temperature.value.item()  # as it stands: it is put into its limits in training only
     if not np.isfinite(logit_scale):
         raise EvaluationError(f"the model's temperature {model.temperature.value.item()} makes no finite score.")
-    frames = [score_task(task, embeddings, prompt_embeds, logit_scale) for task in tasks]  # (3)
+    frames = [score_task(task, embeddings, prompt_embeds.by_prompt, logit_scale) for task in tasks]  # (3)
     return ZeroShotScores(
         frame=pd.concat(frames, ignore_index=True),
         tasks=list(tasks),
         embeddings=embeddings,
         logit_scale=logit_scale,
         unlabelled=unlabelled,
+        prompts_are_cached=prompt_embeds.are_cached,
     )
-
-
-def embed_prompts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    batch_size: int = 64,
-    dtype: torch.dtype | None = None,
-) -> dict[str, np.ndarray]:
-    """Text embeddings by prompt: `(dim,)` float32 of unit length each; EvaluationError if one is not finite."""
-    prompt_embeds: dict[str, np.ndarray] = {}
-    by_length = sorted(prompts, key=len)  # sentences of one batch are padded to its longest
-    with inference(model, dtype):
-        for start in range(0, len(by_length), batch_size):
-            texts = by_length[start : start + batch_size]
-            tokens = tokenizer(
-                texts, padding=True, truncation=True, max_length=model.config.max_text_length, return_tensors="pt"
-            ).to(model.device)
-            text_embeds = model.get_text_features(tokens["input_ids"], tokens["attention_mask"])
-            prompt_embeds.update(zip(texts, text_embeds.float().cpu().numpy()))
-    for prompt, embeds in prompt_embeds.items():
-        if not np.isfinite(embeds).all():
-            raise EvaluationError(
-                f"the embedding of the prompt {prompt!r} is not finite. The weights may be those of a run that "
-                "diverged; otherwise compute in float32."
-            )
-    return prompt_embeds
 
 
 def pair_probability(

@@ -8,14 +8,14 @@ it, so that training and inference cannot drift apart. The chain for one scan is
     (1) `orient_to_lps`                                  any NIfTI orientation -> LPS
     (2) `resample_mask`, `organ_box`, `resample_volume`  onto the model's spacing, inside the box of the organs
     (3) `crop_start`, `crop_or_pad`                      the fixed size the network reads
-    (4) `window_volume`, `organ_token_mask`, `organ_is_complete`
+    (4) `window_volume`, `organ_token_mask`, `organs_in_crop`, or both at once: `organ_bookkeeping`
 
 Source of the recipe (box margins, extent-preserving resampling, occupancy by max-pooling, border rule): Shui et al.,
 ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D. Where the released code is at fault it departs: axes and spacing
 follow the affine (not the absolute values of its diagonal), margins are the same on both sides.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import permutations
 
 import numpy as np
@@ -355,8 +355,8 @@ def organ_token_mask(mask: np.ndarray, num_organs: int, patch_size: Sequence[int
     """Tell, for every organ, which patches hold at least one of its voxels.
 
     The same as max-pooling each organ's binary mask over the patch grid, so an organ thinner than a patch (the
-    esophagus) keeps its tokens and one token may belong to several organs. Done in one pass for all organs: a lookup
-    table turns each label into a word with the organ's bit, and the words are OR-ed over each patch.
+    esophagus) keeps its tokens and one token may belong to several organs. Done in one pass for all organs: each label
+    becomes a word with the organ's bit, and the words are OR-ed over each patch.
 
     Args:
         mask: Label map `(depth, height, width)`, 0 is background, `organ_index + 1` otherwise.
@@ -375,17 +375,17 @@ def organ_token_mask(mask: np.ndarray, num_organs: int, patch_size: Sequence[int
             raise ValueError(
                 f"mask {name} {size} is not a multiple of patch {patch}; pad it to {size + -size % patch}."
             )
-    word = next(np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64) if bits >= num_organs)
-    bit_of_label = np.zeros(num_organs + 1, dtype=word)
-    bit_of_label[1:] = np.left_shift(word.type(1), np.arange(num_organs, dtype=word))
     grid = tuple(size // patch for size, patch in zip(mask.shape, patch_size))
     _, height, width = patch_size
-    words = np.empty(grid, dtype=word)
-    for index, slab in enumerate(mask.reshape(grid[0], patch_size[0], *mask.shape[1:])):  # one row of patches in depth
-        plane = np.bitwise_or.reduce(bit_of_label[slab], axis=0)
-        rows = np.bitwise_or.reduce(plane.reshape(grid[1], height, mask.shape[2]), axis=1)
-        words[index] = np.bitwise_or.reduce(rows.reshape(grid[1], grid[2], width), axis=2)
-    return (words.reshape(1, -1) & bit_of_label[1:, None]) != 0
+    words = []
+    for slab in mask.reshape(grid[0], patch_size[0], *mask.shape[1:]):  # one row of patches in depth
+        # Plane by plane, so that what is computed stays in the cache.
+        joined = _organ_words(slab[0], num_organs)
+        for plane in slab[1:]:
+            joined |= _organ_words(plane, num_organs)
+        rows = np.bitwise_or.reduce(joined.reshape(grid[1], height, mask.shape[2]), axis=1)
+        words.append(np.bitwise_or.reduce(rows.reshape(grid[1], grid[2], width), axis=2))
+    return _organs_of_words(np.stack(words).ravel(), num_organs)
 
 
 def organ_is_complete(mask: np.ndarray, num_organs: int, min_voxels: int = 1) -> np.ndarray:
@@ -402,11 +402,7 @@ def organ_is_complete(mask: np.ndarray, num_organs: int, min_voxels: int = 1) ->
         Boolean `(num_organs,)`.
     """
     mask = _checked_labels(mask, num_organs)
-    is_cut = np.zeros(num_organs + 1, dtype=bool)
-    for axis in range(3):
-        for face in (0, -1):
-            is_cut[np.take(mask, face, axis=axis)] = True
-    return (organ_voxels(mask, num_organs) >= max(1, min_voxels)) & ~is_cut[1:]
+    return _has_voxels(mask, num_organs, min_voxels) & ~_organs_in(_faces(mask), num_organs)
 
 
 def organs_in_crop(
@@ -429,13 +425,41 @@ def organs_in_crop(
     Returns:
         Boolean `(num_organs,)`.
     """
-    part = mask[tuple(inside)]
-    if completeness == "min_voxels":
-        return organ_voxels(part, num_organs) >= max(1, min_voxels)
-    is_whole = organ_is_complete(part, num_organs, min_voxels)
-    if part.shape != mask.shape:
-        is_whole &= organ_voxels(part, num_organs) == organ_voxels(mask, num_organs)
-    return is_whole
+    mask = _checked_labels(mask, num_organs)
+    is_present = _has_voxels(mask[tuple(inside)], num_organs, min_voxels)
+    return is_present & _is_allowed(mask, inside, num_organs, completeness)
+
+
+def organ_bookkeeping(
+    mask: np.ndarray,
+    start: Sequence[int],
+    size: Sequence[int],
+    num_organs: int,
+    patch_size: Sequence[int],
+    completeness: str = "border",
+    min_voxels: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a crop shows of the organs: `organ_token_mask` of the padded crop, and `organs_in_crop`.
+
+    Both from one pass over the crop; beyond it, only the faces and what lies outside the crop are looked at (and the
+    voxels are counted where `min_voxels` asks for more than one).
+
+    Args:
+        mask: Label map of the scan as it was prepared, `(depth, height, width)`.
+        start, size: First voxel and size of the crop, as for `crop_or_pad`.
+        num_organs, patch_size: As in `organ_token_mask`.
+        completeness, min_voxels: As in `organs_in_crop`.
+
+    Returns:
+        Boolean `(num_organs, num_tokens)` and `(num_organs,)`.
+    """
+    mask = _checked_labels(mask, num_organs)
+    inside = crop_inside(mask.shape, start, size)
+    part = mask[inside]
+    crop = part if part.shape == tuple(size) else crop_or_pad(mask, start, size, 0)
+    token_mask = organ_token_mask(crop, num_organs, patch_size)
+    is_present = token_mask.any(axis=1) if min_voxels <= 1 else _has_voxels(part, num_organs, min_voxels)
+    return token_mask, is_present & _is_allowed(mask, inside, num_organs, completeness)
 
 
 def organ_voxels(mask: np.ndarray, num_organs: int) -> np.ndarray:
@@ -444,13 +468,57 @@ def organ_voxels(mask: np.ndarray, num_organs: int) -> np.ndarray:
     return sum(np.bincount(plane.ravel(), minlength=num_organs + 1) for plane in _checked_labels(mask, num_organs))[1:]
 
 
+def _has_voxels(mask: np.ndarray, num_organs: int, min_voxels: int) -> np.ndarray:
+    """Which organs have at least `min_voxels`, and at least one: `(num_organs,)`. Counting takes far longer."""
+    return organ_voxels(mask, num_organs) >= min_voxels if min_voxels > 1 else _organs_in(mask, num_organs)
+
+
+def _is_allowed(mask: np.ndarray, inside: Sequence[slice], num_organs: int, completeness: str) -> np.ndarray:
+    """Which organs the rule of `organs_in_crop` admits if the crop shows any of them: `(num_organs,)`."""
+    if completeness == "min_voxels":
+        return np.ones(num_organs, dtype=bool)
+    is_cut = _organs_in(_faces(mask[tuple(inside)]), num_organs)
+    for axis, part in enumerate(inside):
+        # What lies before and behind the crop along this axis, within the crop along those already done.
+        for beyond in (slice(0, part.start), slice(part.stop, None)):
+            outside = mask[(*inside[:axis], beyond)]
+            if outside.size:
+                is_cut |= _organs_in(outside, num_organs)
+    return ~is_cut
+
+
+def _faces(mask: np.ndarray) -> list[np.ndarray]:
+    return [mask[(slice(None),) * axis + (face,)] for axis in range(3) for face in (0, -1)]
+
+
+def _organs_in(planes: Iterable[np.ndarray], num_organs: int) -> np.ndarray:
+    """Which organs have a voxel in any of the planes, be they a mask's slices: boolean `(num_organs,)`."""
+    words = [np.bitwise_or.reduce(_organ_words(plane, num_organs), axis=None) for plane in planes]
+    return _organs_of_words(np.bitwise_or.reduce(words, initial=0, dtype=np.uint64), num_organs)
+
+
+def _organ_words(labels: np.ndarray, num_organs: int) -> np.ndarray:
+    """For each label a word with the bit `organ_index`, none for background: the smallest type that has the bits."""
+    word = next(np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64) if bits >= num_organs)
+    # Arithmetic, not a table: numpy shifts whole registers of voxels at once, but looks labels up one by one.
+    # Background wraps to 255 places, and numpy defines a shift beyond the word as 0.
+    return np.left_shift(word.type(1), labels.astype(np.uint8, copy=False) - np.uint8(1))
+
+
+def _organs_of_words(words: np.ndarray, num_organs: int) -> np.ndarray:
+    """Take the bits apart: boolean `(num_organs, *words.shape)`."""
+    return np.stack([words & words.dtype.type(1 << organ) for organ in range(num_organs)]) != 0
+
+
 def _checked_labels(mask: np.ndarray, num_organs: int) -> np.ndarray:
     mask = np.asarray(mask)
     if mask.ndim != 3:
         raise ValueError(f"mask must be (depth, height, width), got shape {mask.shape}; give one scan at a time.")
     if not 1 <= num_organs <= 64:
         raise ValueError(f"num_organs must be within 1..64, got {num_organs}.")
-    if mask.min() < 0 or mask.max() > num_organs:
+    if mask.dtype.kind not in "iu":
+        raise ValueError(f"mask must hold whole numbers, got {mask.dtype}; convert it to uint8.")
+    if mask.max() > num_organs or (mask.dtype.kind == "i" and mask.min() < 0):
         raise ValueError(
             f"mask has labels {int(mask.min())}..{int(mask.max())}; with {num_organs} organs they end at {num_organs}. "
             "Map the segmentation's classes to organs with organ_label_table first."

@@ -12,11 +12,93 @@ and neither keys nor values of the tokens are ever computed. Steps:
 (1) fold the key weight into the query: one vector per organ and head;
 (2) its product with every token of every level, softmax over the organ's tokens;
 (3) weighted sum of the raw tokens, then the value weight, then the output layer.
+
+The tokens are read (2), (3) where the tower left them, level by level: joined, they would be copied once forward, and
+their gradients, one from the logits and one from the sum, added and split again backward.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
+
+
+class _AttendToLevels(torch.autograd.Function):
+    """Attention of constant queries over the raw tokens of several levels, which are keys and values alike.
+
+    A function of its own for its backward: a token's gradient is `sum_q dlogit_q query_q + weight_q dpooled_q`, here
+    one product for each level. It saves the tokens themselves, no copy of them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, queries: Tensor, organ_token_mask: Tensor, keep: Tensor | None, *levels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            queries: `(organs * heads, hidden)`, of the levels' dtype.
+            organ_token_mask: `(batch, organs, tokens)` bool: the tokens that an organ's queries see, in every level.
+            keep: Their dropout as factors of the probabilities, `(batch, organs * heads, levels * tokens)`.
+            levels: Tokens, each `(batch, tokens, hidden)`.
+
+        Returns:
+            Weighted sums of tokens `(batch, organs * heads, hidden)`, the sums of the weights
+            `(batch, organs * heads)`, and the probabilities before dropout `(batch, organs * heads, levels * tokens)`;
+            the latter two float32 or better.
+        """
+        batch, num_organs, num_tokens = organ_token_mask.shape
+        logits = torch.cat([queries @ level.mT for level in levels], dim=-1)  # (batch, organs * heads, levels * tokens)
+        by_organ = logits.view(batch, num_organs, -1, len(levels), num_tokens)
+        # A finite fill: the softmax of an absent organ stays finite.
+        by_organ.masked_fill_(~organ_token_mask[:, :, None, None], torch.finfo(logits.dtype).min)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        probabilities = logits.softmax(-1, dtype=dtype)
+        # It is uniform over all tokens there; as zeros it moves nothing, neither forward nor backward.
+        is_present = organ_token_mask.any(-1, keepdim=True).to(dtype)  # (batch, organs, 1)
+        probabilities.view(batch, num_organs, -1).mul_(is_present)
+        weights = probabilities if keep is None else probabilities * keep
+        # Summed in the softmax's dtype: in bf16 every level would round the sum once more.
+        parts = weights.to(queries.dtype).split(num_tokens, -1)
+        pooled = sum((part @ level).to(dtype) for part, level in zip(parts, levels)).to(queries.dtype)
+        ctx.save_for_backward(queries, probabilities, keep, *levels)
+        ctx.set_materialize_grads(False)
+        return pooled, weights.sum(-1), probabilities
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_pooled: Tensor | None, grad_total: Tensor | None, grad_attended: Tensor | None):
+        """Gradients of the queries and of every level."""
+        queries, probabilities, keep, *levels = ctx.saved_tensors
+        batch, num_tokens, _ = levels[0].shape
+        if grad_pooled is None:
+            grad_pooled = queries.new_zeros(batch, *queries.shape)
+        grad = torch.cat([grad_pooled @ level.mT for level in levels], dim=-1).to(probabilities.dtype)
+        if grad_total is not None:
+            grad += grad_total[..., None]
+        if keep is not None:
+            grad *= keep
+        if grad_attended is not None:
+            grad += grad_attended
+        # The gradients of the logits and the weights stand side by side, as the tokens' gradient wants them. A token
+        # outside an organ has probability 0, and 0 comes out for it.
+        both = probabilities.new_empty(batch, 2, *probabilities.shape[1:])
+        grad *= probabilities
+        torch.addcmul(grad, probabilities, grad.sum(-1, keepdim=True), value=-1, out=both[:, 0])
+        torch.mul(probabilities, 1 if keep is None else keep, out=both[:, 1])
+        both = both.to(queries.dtype)
+
+        grad_queries, grad_levels = None, [None] * len(levels)
+        if ctx.needs_input_grad[0]:
+            parts = both[:, 0].split(num_tokens, -1)
+            grad_queries = sum((part @ level).sum(0, dtype=grad.dtype) for part, level in zip(parts, levels))
+            grad_queries = grad_queries.to(queries.dtype)
+        if any(ctx.needs_input_grad[3:]):
+            other = torch.cat(
+                [queries.expand(batch, -1, -1), grad_pooled], dim=1
+            )  # (batch, 2 * organs * heads, hidden)
+            grad_levels = [part.mT @ other for part in both.flatten(1, 2).split(num_tokens, -1)]
+        return grad_queries, None, None, *grad_levels
 
 
 class OrganPooling(nn.Module):
@@ -43,12 +125,12 @@ class OrganPooling(nn.Module):
             output_attentions: Return the attention probabilities as well.
 
         Returns:
-            `(batch, organs, hidden)`, meaningless (but finite) for an organ without tokens, and the probabilities
-            `(batch, organs, heads, levels * tokens)` before dropout, or None.
+            `(batch, organs, hidden)`, the output layer's bias for an organ without tokens, and the probabilities
+            `(batch, organs, heads, levels * tokens)` before dropout (zeros for such an organ), or None.
         """
-        tokens = torch.cat(feature_levels, dim=1)  # (batch, levels * tokens, hidden)
-        batch, num_tokens, hidden = tokens.shape
-        num_organs, num_heads, head_size = len(self.query_tokens), self.num_heads, hidden // self.num_heads
+        batch, num_organs, num_tokens = organ_token_mask.shape
+        num_heads, hidden = self.num_heads, self.query_tokens.shape[1]
+        head_size = hidden // num_heads
         query_weight, key_weight, value_weight = self.in_proj_weight.view(3, num_heads, head_size, hidden)
         query_bias, _, value_bias = self.in_proj_bias.view(3, hidden)
 
@@ -57,20 +139,26 @@ class OrganPooling(nn.Module):
         queries = queries.view(num_organs, num_heads, head_size) * head_size**-0.5
         folded_queries = torch.einsum("ohd,hdc->ohc", queries, key_weight).flatten(0, 1)  # (organs * heads, hidden)
 
-        # (2)
-        logits = (folded_queries @ tokens.transpose(1, 2)).view(batch, num_organs, num_heads, num_tokens)
-        outside = ~organ_token_mask.repeat(1, 1, len(feature_levels))[:, :, None]  # (batch, organs, 1, levels * tokens)
-        # A finite fill: the softmax of an absent organ stays finite, and so do its (zero) gradients.
-        logits = logits.masked_fill(outside, torch.finfo(logits.dtype).min)
-        probabilities = logits.softmax(-1, dtype=torch.float32).to(tokens.dtype)
-        weights = F.dropout(probabilities, self.dropout, self.training)
+        # (2) and the sum of (3). Under autocast the queries have its dtype by now, and the tokens follow.
+        levels = [level.to(folded_queries.dtype) for level in feature_levels]
+        keep = None
+        if self.training and self.dropout > 0:
+            # Drawn here, from torch's generator: activation checkpointing can draw the same numbers again.
+            ones = queries.new_ones(batch, num_organs, num_heads, len(levels) * num_tokens, dtype=torch.float32)
+            keep = F.dropout(ones, self.dropout, training=True).flatten(1, 2)
+        pooled, total, probabilities = _AttendToLevels.apply(folded_queries, organ_token_mask, keep, *levels)
 
         # (3)
-        pooled = (weights.flatten(1, 2) @ tokens).view(batch, num_organs, num_heads, hidden)
+        pooled = pooled.view(batch, num_organs, num_heads, hidden)
         values = torch.einsum("bohc,hdc->bohd", pooled, value_weight)
         # Under dropout the weights do not sum to one, and the value bias is weighted like every value.
-        values = values + weights.sum(-1, keepdim=True) * value_bias.view(num_heads, head_size)
-        return self.out_proj(values.flatten(2)), probabilities if output_attentions else None
+        total = total.view(batch, num_organs, num_heads, 1).to(values.dtype)
+        values = values + total * value_bias.view(num_heads, head_size)
+        pooled = self.out_proj(values.flatten(2))
+        if not output_attentions:
+            return pooled, None
+        attentions = probabilities.view(batch, num_organs, num_heads, -1)
+        return pooled, attentions.to(feature_levels[0].dtype)
 
 
 class OrganProjection(nn.Module):

@@ -9,6 +9,7 @@ from tiny_split import MARGIN, ORGANS, SIZE, SPACING, tiny_row, write_tiny_split
 
 from modeling_fvlm import FVLMConfig
 from modeling_fvlm.captions import normal_caption
+from modeling_fvlm.geometry import crop_or_pad, crop_start, organ_token_mask
 from modeling_fvlm.processed_split import decode_volume, encode_array
 from training_fvlm.arguments import SettingsError
 from training_fvlm.collator import FVLMCollator
@@ -178,6 +179,24 @@ def test_flips_turn_volume_and_mask_together(config, tokenizer, axis, name):
     tokens = before["organ_token_mask"].view(1, 3, *grid).flip(axis + 2).flatten(2)
     assert torch.equal(after["organ_token_mask"], tokens) and not torch.equal(tokens, before["organ_token_mask"])
     assert not torch.equal(after["volume"], before["volume"])
+
+
+def test_tokens_after_flips_are_those_of_the_flipped_mask(config, tokenizer):
+    names = ["depth", "height", "width"]
+    row = addressed(tiny_row(2))
+    collator = FVLMCollator(tokenizer, config, is_random=True, flip_axes=names, flip_probability=0.5)
+    mask = decode_volume(row)[1]
+    orders = set()
+    for epoch in range(12):
+        batch = collator([{**row, "epoch": epoch}])
+        # The same draws as the collator's: the crop first, then one number an axis.
+        generator = np.random.default_rng((0, epoch, row["row"]))
+        crop = crop_or_pad(mask, crop_start(mask.shape, SIZE, generator=generator), SIZE, 0)
+        axes = tuple(axis for axis in range(3) if generator.random() < 0.5)
+        orders.add(axes)
+        expected = organ_token_mask(np.ascontiguousarray(np.flip(crop, axes)), len(ORGANS), PATCH)
+        np.testing.assert_array_equal(batch["organ_token_mask"][0].numpy(), expected)
+    assert () in orders and any(len(axes) > 1 for axes in orders)
 
 
 def test_a_batch_without_a_whole_organ_still_feeds_the_text_encoder(config, tokenizer):

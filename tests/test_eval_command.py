@@ -48,8 +48,9 @@ def arguments(workplace: Path, out: Path, **options) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """The datasets library writes its Arrow copy below the test's folder, not into the user's cache."""
+    """Arrow copies of the datasets library and prompt embeddings lie below the test's folder, not in the user's."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
 
 
 def test_command_writes_what_it_promises(workplace, tmp_path, capsys):
@@ -107,6 +108,47 @@ def test_options_reach_the_evaluation(workplace, tmp_path):
     assert (tmp_path / "both" / "roc_other.png").is_file()
     frame = pd.read_csv(tmp_path / "both" / "scores.csv")
     assert frame.groupby("task").size().to_dict() == {"tiny": 20, "other": 5}
+
+
+def test_shared_windows_change_the_context_and_say_so(workplace, tmp_path, capsys):
+    def metrics_of(name: str, *flags: str) -> dict:
+        assert eval_fvlm.main([*arguments(workplace, tmp_path / name, window_size=[4, 12, 40]), "--quiet", *flags]) == 0
+        return json.loads((tmp_path / name / "metrics.json").read_text())
+
+    plain, shared = metrics_of("plain"), metrics_of("shared", "--shared_windows")
+    assert plain["protocol"]["windows"]["context"].startswith("centred")
+    assert shared["protocol"]["windows"]["context"].startswith("shared")
+    assert shared["protocol"]["windows"]["num_windows"] < plain["protocol"]["windows"]["num_windows"]
+    frames = [pd.read_csv(tmp_path / name / "scores.csv") for name in ("plain", "shared")]
+    assert frames[0]["score"].isna().equals(frames[1]["score"].isna())
+    assert frames[0]["is_complete"].equals(frames[1]["is_complete"])
+    assert (frames[0]["score"] - frames[1]["score"]).abs().max() > 1e-6
+    for flags in (["--published_windows"], ["--protocol", "published"]):
+        with pytest.raises(SystemExit):
+            eval_fvlm.main([*arguments(workplace, tmp_path / "no"), "--shared_windows", *flags])
+        assert "published windows are one per organ" in capsys.readouterr().err
+
+
+def test_prompt_embeddings_are_kept_between_runs_unless_refused(workplace, tmp_path, monkeypatch, capsys):
+    for name in ("plot_roc_curves", "plot_auc_bars"):
+        monkeypatch.setattr(results, name, lambda frame, summary, path: path.write_bytes(b"x"))
+
+    def run(name: str, *flags: str) -> str:
+        assert eval_fvlm.main([*arguments(workplace, tmp_path / name), "--quiet", *flags]) == 0
+        return json.loads((tmp_path / name / "metrics.json").read_text())["protocol"]["prompt_embeddings"]
+
+    home = tmp_path / "home" / "fvlm" / "prompts"
+    assert run("none", "--no_prompt_cache") == "computed" and not home.exists()
+    assert run("first") == "computed" and len(list(home.iterdir())) == 1
+    assert run("second") == "read from the prompt cache"
+    assert run("again", "--no_prompt_cache") == "computed"
+    assert run("own", "--prompt_cache", str(tmp_path / "own")) == "computed"
+    assert [path.name for path in (tmp_path / "own").glob("*.safetensors")] == [path.name for path in home.iterdir()]
+    scores = {name: (tmp_path / name / "scores.csv").read_bytes() for name in ("none", "first", "second", "own")}
+    assert len(set(scores.values())) == 1
+    with pytest.raises(SystemExit):
+        run("both", "--no_prompt_cache", "--prompt_cache", str(tmp_path))
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_published_protocol_through_the_command(workplace, tmp_path, capsys):

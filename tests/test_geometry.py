@@ -14,6 +14,7 @@ from modeling_fvlm.geometry import (
     crop_inside,
     crop_or_pad,
     crop_start,
+    organ_bookkeeping,
     organ_box,
     organ_is_complete,
     organ_token_mask,
@@ -425,8 +426,29 @@ def test_token_mask_refuses_what_it_cannot_mean():
         organ_token_mask(mask, 4, (2, 4, 4))
     with pytest.raises(ValueError, match="one scan at a time"):
         organ_token_mask(mask[None], 5, (2, 4, 4))
+    with pytest.raises(ValueError, match="labels -1"):
+        organ_token_mask(mask.astype(np.int16) - 1, 5, (2, 4, 4))
+    with pytest.raises(ValueError, match="whole numbers, got float32; convert it to uint8"):
+        organ_token_mask(mask.astype(np.float32), 5, (2, 4, 4))
     with pytest.raises(ValueError, match="within 1..64"):
         organ_token_mask(mask, 65, (2, 4, 4))
+
+
+@pytest.mark.parametrize("num_organs", [4, 40])
+def test_token_mask_of_views_and_other_integer_types(num_organs):
+    mask = sparse_mask((4, 12, 32), num_organs, seed=1, density=0.05)
+    mask[0, 0, 0] = num_organs
+    expected = slow_organ_token_mask(mask, num_organs, (2, 4, 8))
+    for dtype in (np.int8, np.uint16, np.int64):
+        assert np.array_equal(organ_token_mask(mask.astype(dtype), num_organs, (2, 4, 8)), expected)
+    for axes in [(0,), (1,), (2,), (0, 1, 2)]:
+        flipped = np.flip(mask, axes)
+        assert not flipped.flags.c_contiguous
+        expected = slow_organ_token_mask(np.ascontiguousarray(flipped), num_organs, (2, 4, 8))
+        assert np.array_equal(organ_token_mask(flipped, num_organs, (2, 4, 8)), expected)
+    every_second = np.repeat(mask, 2, axis=2)[..., ::2]
+    expected = slow_organ_token_mask(mask, num_organs, (2, 4, 8))
+    assert np.array_equal(organ_token_mask(every_second, num_organs, (2, 4, 8)), expected)
 
 
 def slow_is_complete(mask, num_organs, min_voxels):
@@ -477,3 +499,57 @@ def test_organs_in_a_crop():
     assert organs_in_crop(mask, whole, 4).tolist() == [True, False, True, False]
     assert organs_in_crop(mask, whole, 4, min_voxels=13).tolist() == [True, False, False, False]
     assert organs_in_crop(mask, inside, 4, "min_voxels", 5).tolist() == [True, False, True, False]
+
+
+def slow_in_crop(mask, start, size, organ_id, completeness, min_voxels):
+    """Walk over the organ's voxels."""
+    places = np.argwhere(mask == organ_id)
+    low = [max(0, first) for first in start]
+    high = [min(extent, first + edge) for extent, first, edge in zip(mask.shape, start, size)]
+    is_inside = [all(a <= i < b for a, i, b in zip(low, place, high)) for place in places]
+    on_face = [any(i in (a, b - 1) for a, i, b in zip(low, place, high)) for place in places]
+    is_enough = sum(is_inside) >= max(1, min_voxels)
+    return is_enough and (completeness == "min_voxels" or (all(is_inside) and not any(on_face)))
+
+
+@pytest.mark.parametrize("min_voxels", [1, 3])
+@pytest.mark.parametrize("num_organs", [3, 8, 9, 16, 17, 24, 33, 64])  # both sides of every word size
+@pytest.mark.parametrize("shape", [(8, 12, 24), (12, 16, 40), (5, 12, 30)])  # as the crop, larger, shorter in depth
+def test_bookkeeping_equals_a_walk_over_voxels(shape, num_organs, min_voxels):
+    size, patch_size = (8, 12, 24), (2, 4, 8)
+    generator = np.random.default_rng(num_organs)
+    outcomes = set()
+    for _ in range(3):
+        mask = np.zeros(shape, np.uint8)
+        for organ_id in range(1, num_organs + 1):  # 1 to 8 voxels each; some on faces, some across the crop's border
+            low = [int(generator.integers(0, edge)) for edge in shape]
+            mask[tuple(slice(i, i + int(generator.integers(1, 3))) for i in low)] = organ_id
+        mask[generator.random(shape) < 0.001] = num_organs
+        start = crop_start(shape, size, generator=generator)
+        crop = slow_crop(mask, start, size, 0)
+        for completeness in ("border", "min_voxels"):
+            tokens, is_whole = organ_bookkeeping(
+                mask, start, size, num_organs, patch_size, completeness=completeness, min_voxels=min_voxels
+            )
+            assert np.array_equal(tokens, slow_organ_token_mask(crop, num_organs, patch_size))
+            expected = [
+                slow_in_crop(mask, start, size, organ_id, completeness, min_voxels)
+                for organ_id in range(1, num_organs + 1)
+            ]
+            assert is_whole.dtype == bool and is_whole.tolist() == expected
+            inside = crop_inside(shape, start, size)
+            assert organs_in_crop(mask, inside, num_organs, completeness, min_voxels).tolist() == expected
+            outcomes |= {(completeness, outcome) for outcome in expected}
+    # Nothing but whole organs, or none, would compare nothing (three organs are too few to ask it of).
+    assert num_organs < 8 or {("border", False), ("border", True), ("min_voxels", True)} <= outcomes
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_voxel_beyond_any_side_of_the_crop_takes_an_organ_out(axis, place):
+    mask = np.zeros((8, 10, 12), np.uint8)
+    mask[3:5, 4:6, 5:7], mask[3:5, 4:6, 7:9] = 1, 2
+    corner = [4, 5, 6]
+    corner[axis] = place
+    mask[tuple(corner)] = 1
+    assert organ_bookkeeping(mask, (2, 2, 2), (4, 6, 8), 2, (2, 2, 2))[1].tolist() == [False, True]

@@ -11,7 +11,12 @@ ROOMS = {
     "training_fvlm": {"modeling_fvlm"},
     "evaluation_fvlm": {"modeling_fvlm"},
     "data_builders": {"modeling_fvlm"},
-    "benchmarks": {"modeling_fvlm"},
+    "benchmarks": {
+        "modeling_fvlm",
+        "training_fvlm",
+        "evaluation_fvlm",
+        "data_builders",
+    },  # commands, as the scripts are
 }
 OURS = {*ROOMS, "benchmarks", "tests", "train_fvlm", "eval_fvlm"}
 

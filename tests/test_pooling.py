@@ -1,8 +1,11 @@
 """Organ pooling against one nn.MultiheadAttention called per patient and organ, as the published model does."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from modeling_fvlm import OrganPooling, OrganProjection, pooling
 
@@ -63,6 +66,7 @@ def test_pooling_and_gradients_equal_one_attention_per_patient_and_organ(levels,
         seen = attentions[patient, organ][:, every_level[patient, organ]]
         torch.testing.assert_close(seen, slow_weights[patient, organ], rtol=1e-5, atol=1e-6)
         assert not attentions[patient, organ][:, ~every_level[patient, organ]].any()
+    assert not attentions[~mask.any(-1)].any() and torch.equal(output[0, 0], module.out_proj.bias), "absent: nothing"
 
     weights = torch.randn(PATIENTS, ORGANS, HIDDEN, generator=torch.Generator().manual_seed(3))
     present = mask.any(-1)
@@ -112,6 +116,78 @@ def test_dropout_weighs_values_and_their_bias_as_multihead_attention_does(levels
             heads.append((probabilities * kept[patient, organ, head]) @ values[patient, :, part])
         expected = module.out_proj(torch.cat(heads))
         torch.testing.assert_close(output[patient, organ], expected, rtol=1e-4, atol=1e-5)
+
+
+def attend(queries, mask, keep, *levels):
+    return pooling._AttendToLevels.apply(queries, mask, keep, *levels)
+
+
+@pytest.mark.parametrize("has_dropout", [False, True])
+def test_the_attention_has_the_gradient_of_its_definition(mask, has_dropout):
+    generator = torch.Generator().manual_seed(6)
+    shape = (PATIENTS, ORGANS * HEADS, 3 * TOKENS)
+    levels = [torch.randn(PATIENTS, TOKENS, HIDDEN, generator=generator, dtype=torch.double) for _ in range(3)]
+    levels = [level.requires_grad_() for level in levels]
+    queries = torch.randn(ORGANS * HEADS, HIDDEN, generator=generator, dtype=torch.double, requires_grad=True)
+    keep = 2.0 * (torch.rand(shape, generator=generator) < 0.5).double() if has_dropout else None
+    # All three outputs: the sum, the sum of the weights, and the probabilities that `output_attentions` hands out.
+    # `mask` has absent organs, which must move nothing.
+    check = partial(torch.autograd.gradcheck, fast_mode=True)
+    assert check(lambda *leaves: attend(leaves[0], mask, keep, *leaves[1:]), (queries, *levels))
+    # Frozen levels, as under a frozen tower; one output alone.
+    frozen = [level.detach() for level in levels]
+    for number in range(3):
+        assert check(lambda leaf, number=number: attend(leaf, mask, keep, *frozen)[number], (queries,))
+        assert check(lambda *leaves, number=number: attend(queries.detach(), mask, keep, *leaves)[number], (*levels,))
+
+
+def test_backward_keeps_the_levels_and_no_copy_of_them(levels, mask):
+    module = make_pooling(dropout=0.5).train()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        module(levels, mask)
+    tokens = [tensor for tensor in saved if tensor.numel() >= levels[0].numel() and tensor.shape[-1] == HIDDEN]
+    assert {tensor.data_ptr() for tensor in tokens if tensor.shape == levels[0].shape} == {
+        level.data_ptr() for level in levels
+    }
+    assert not any(tensor.shape == (PATIENTS, len(levels) * TOKENS, HIDDEN) for tensor in saved)
+
+
+def test_checkpointing_draws_the_same_dropout_again(levels, mask):
+    module = make_pooling(dropout=0.5).train()
+    leaves = [*levels, *module.parameters()]
+    results = []
+    for is_checkpointed in (False, True):
+        torch.manual_seed(7)
+        if is_checkpointed:
+            output = checkpoint(lambda: module(levels, mask)[0], use_reentrant=False)
+        else:
+            output = module(levels, mask)[0]
+        torch.rand(3)  # backward must not go on from here
+        results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    assert not torch.equal(results[0][0], module(levels, mask)[0]), "without dropout nothing would be tested"
+    for plain, replayed in zip(*results):
+        assert torch.equal(plain, replayed)
+
+
+@pytest.mark.parametrize("is_backward_inside", [False, True])
+def test_bf16_autocast_stays_close_and_gives_gradients_of_each_input_s_type(levels, mask, is_backward_inside):
+    module = make_pooling()
+    leaves = [*levels, *module.parameters()]
+    present = mask.any(-1)
+    exact, exact_attentions = module(levels, mask, output_attentions=True)
+    exact_grads = torch.autograd.grad(exact[present].sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, attentions = module(levels, mask, output_attentions=True)
+        if is_backward_inside:
+            grads = torch.autograd.grad(output[present].float().sum(), leaves)
+    if not is_backward_inside:
+        grads = torch.autograd.grad(output[present].float().sum(), leaves)
+    assert output.dtype == torch.bfloat16 and attentions.dtype == torch.float32
+    torch.testing.assert_close(attentions, exact_attentions, rtol=0, atol=0.05)
+    for value, expected in zip([output, *grads], [exact, *exact_grads]):
+        assert value is output or value.dtype == torch.float32
+        assert (value - expected).norm() < 0.03 * expected.norm()
 
 
 def test_projection_is_one_linear_layer_per_organ():

@@ -321,6 +321,7 @@ def test_published_protocol_gives_the_published_result_file(shared_dir, tmp_path
     write_tiny_split(tmp_path / "data", rows, organ_set=organ_set, spacing=[1.0] * 3)
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     places = ["--model", tmp_path / "model", "--data", tmp_path / "data", "--out", tmp_path / "out"]
     command = [*map(str, places), "--protocol", "published", "--device", "cpu", "--batch_size", "1"]
     assert eval_fvlm.main(command) == 0

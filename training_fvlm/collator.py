@@ -1,7 +1,7 @@
 """Rows of a processed split -> one batch for the model. Runs in the data loader's worker.
 
 (1) decode volume and mask, (2) crop or pad them to the network's size, at random in training and centred in
-evaluation, (3) flip if asked to, (4) tell which patches hold which organ and which organs are whole, (5) encode every
+evaluation, (3) tell which patches hold which organ and which organs are whole, (4) flip if asked to, (5) encode every
 caption of the batch once. The volume stays int16 HU: the model windows it, on its own device, and a quarter of the
 bytes travel from worker to device.
 """
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_fvlm.captions import encode_captions
 from modeling_fvlm.configuration_fvlm import AXES, FVLMConfig
-from modeling_fvlm.geometry import crop_inside, crop_or_pad, crop_start, organ_token_mask, organs_in_crop
+from modeling_fvlm.geometry import crop_or_pad, crop_start, organ_bookkeeping
 from modeling_fvlm.preparation import padding_hu
 from modeling_fvlm.processed_split import decode_volume
 
@@ -94,17 +94,26 @@ class FVLMCollator:
         # (2)
         generator = np.random.default_rng((self.seed, row["epoch"], row["row"])) if self.is_random else None
         start = crop_start(mask.shape, self.volume_size, generator=generator)
-        inside = crop_inside(mask.shape, start, self.volume_size)
-        num_organs = len(self.organs)
-        is_whole = organs_in_crop(mask, inside, num_organs, self.completeness, self.min_organ_voxels)
         volume = crop_or_pad(volume, start, self.volume_size, self.padding_hu)
-        mask = crop_or_pad(mask, start, self.volume_size, 0)
         # (3)
+        token_mask, is_whole = organ_bookkeeping(
+            mask,
+            start,
+            self.volume_size,
+            len(self.organs),
+            self.patch_size,
+            completeness=self.completeness,
+            min_voxels=self.min_organ_voxels,
+        )
+        # (4)
         if self.is_random and self.flip_axes:
             flipped = [axis for axis in self.flip_axes if generator.random() < self.flip_probability]
-            volume, mask = np.ascontiguousarray(np.flip(volume, flipped)), np.flip(mask, flipped)
-        # (4)
-        return volume, organ_token_mask(mask, num_organs, self.patch_size), is_whole
+            volume = np.ascontiguousarray(np.flip(volume, flipped))
+            # The crop is a whole number of patches, so its tokens turn with it, at a fraction of the mask's cost.
+            grid = [size // patch for size, patch in zip(self.volume_size, self.patch_size)]
+            on_grid = token_mask.reshape(-1, *grid)
+            token_mask = np.flip(on_grid, [axis + 1 for axis in flipped]).reshape(token_mask.shape)
+        return volume, token_mask, is_whole
 
     def encode(self, rows: Sequence[dict[str, Any]], organ_is_whole: np.ndarray) -> dict[str, Tensor]:
         """(5) The batch's captions. Those of organs that are not whole cannot enter the loss and are not encoded."""
