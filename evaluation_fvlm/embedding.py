@@ -217,14 +217,14 @@ def _prepare_scan(
         )
     boxes = organ_boxes(mask, num_organs)
     boxes = [box if organ_index in asked else None for organ_index, box in enumerate(boxes)]
-    windows = [
-        _CutWindow(
-            organ_indices,
-            _for_device(torch.from_numpy(window.take(volume, outside)), device),
-            torch.from_numpy(organ_token_mask(window.take(mask, 0), num_organs, rule.patch_size)),
-        )
-        for window, organ_indices in organ_windows(boxes, mask.shape, rule).items()
-    ]
+    windows = []
+    for window, organ_indices in organ_windows(boxes, mask.shape, rule).items():
+        token_mask = organ_token_mask(window.take(mask, 0), num_organs, rule.patch_size)
+        if config.vision_config.token_selection == "all":
+            # Every patch is seen in any case: the others' tokens would only be pooled for nothing.
+            token_mask[np.setdiff1d(np.arange(num_organs), organ_indices)] = False
+        cut = _for_device(torch.from_numpy(window.take(volume, outside)), device)
+        windows.append(_CutWindow(organ_indices, cut, torch.from_numpy(token_mask)))
     whole = tuple(slice(0, edge) for edge in mask.shape)
     return _Scan(
         position=position,

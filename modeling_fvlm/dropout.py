@@ -92,13 +92,13 @@ def attention_with_dropout(
     """Attention whose probabilities are dropped at `rate`, on the CPU.
 
     Args:
-        query, key, value: `(batch, heads, tokens, head size)`, float32 or float64.
-        key_is_real: `(batch, tokens)` bool, False for keys that nobody may see; None: all are seen.
+        query, key, value: `(batch, heads, tokens, head size)`, float32 or float64; there may be fewer queries.
+        key_is_real: `(batch, keys)` bool, False for keys that nobody may see; None: all are seen.
         rate: Share of the probabilities that is dropped, below 1.
         scaling: Factor of the logits.
 
     Returns:
-        `(batch, tokens, heads, head size)`.
+        `(batch, queries, heads, head size)`.
     """
     return _DropoutAttention.apply(query, key, value, key_is_real, rate, scaling)
 
@@ -107,16 +107,17 @@ class _HeadProbabilities:
     """Probabilities of a few heads at a time, before and after dropout; the buffers are used again and again.
 
     Args:
-        query: `(batch, heads, tokens, head size)`.
+        query, key: `(batch, heads, tokens, head size)`.
     """
 
-    def __init__(self, query: Tensor, key_is_real: Tensor | None, seed: int, rate: float):
-        batch, self.num_heads, num_tokens, _ = query.shape
-        heads_at_once = max(1, min(batch * self.num_heads, LOGITS_AT_ONCE // num_tokens**2))
+    def __init__(self, query: Tensor, key: Tensor, key_is_real: Tensor | None, seed: int, rate: float):
+        batch, self.num_heads, num_queries, _ = query.shape
+        num_logits = num_queries * key.shape[2]
+        heads_at_once = max(1, min(batch * self.num_heads, LOGITS_AT_ONCE // num_logits))
         starts = range(0, batch * self.num_heads, heads_at_once)
         self.chunks = [slice(start, min(start + heads_at_once, batch * self.num_heads)) for start in starts]
-        self.buffers = query.new_empty(4, heads_at_once, num_tokens, num_tokens)
-        self.kept = KeptElements(seed, rate, heads_at_once * num_tokens**2)
+        self.buffers = query.new_empty(4, heads_at_once, num_queries, key.shape[2])
+        self.kept = KeptElements(seed, rate, heads_at_once * num_logits)
         self.hidden_keys = None if key_is_real is None else ~key_is_real
 
     def of(self, chunk: slice, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,10 +139,9 @@ class _DropoutAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, key_is_real, rate, scaling):
         ctx.seed, ctx.rate, ctx.scaling = new_seed(), rate, scaling
-        batch, num_heads, num_tokens, head_size = query.shape
         scaled, keys, values = (query * scaling).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
-        context = query.new_empty(batch * num_heads, num_tokens, head_size)
-        heads = _HeadProbabilities(query, key_is_real, ctx.seed, rate)
+        context = torch.empty_like(scaled)
+        heads = _HeadProbabilities(query, key, key_is_real, ctx.seed, rate)
         for chunk in heads.chunks:
             probabilities, kept, _ = heads.of(chunk, scaled, keys)
             torch.bmm(probabilities.mul_(kept), values[chunk], out=context[chunk])
@@ -158,8 +158,8 @@ class _DropoutAttention(torch.autograd.Function):
         inner = (gradient * context).sum(-1, keepdim=True).flatten(0, 1)
         scaled, keys, values = (query * ctx.scaling).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
         gradient = (gradient / (1 - rounded_rate(ctx.rate))).flatten(0, 1)
-        query_grad, key_grad, value_grad = (torch.empty_like(scaled) for _ in range(3))
-        heads = _HeadProbabilities(query, key_is_real, ctx.seed, ctx.rate)
+        query_grad, key_grad, value_grad = (torch.empty_like(tensor) for tensor in (scaled, keys, values))
+        heads = _HeadProbabilities(query, key, key_is_real, ctx.seed, ctx.rate)
         for chunk in heads.chunks:
             probabilities, kept, dropped = heads.of(chunk, scaled, keys)
             torch.mul(probabilities, kept, out=dropped)
@@ -170,4 +170,4 @@ class _DropoutAttention(torch.autograd.Function):
             torch.bmm(logits_grad, keys[chunk], out=query_grad[chunk])
             torch.bmm(logits_grad.transpose(1, 2), scaled[chunk], out=key_grad[chunk])
         query_grad.mul_(ctx.scaling)
-        return *(grad.view(query.shape) for grad in (query_grad, key_grad, value_grad)), None, None, None
+        return query_grad.view(query.shape), key_grad.view(key.shape), value_grad.view(value.shape), None, None, None

@@ -5,7 +5,8 @@ From Shui et al., ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D; blocks 
 (1) choose tokens: every patch, or only patches that hold an organ, packed and padded to the longest sample;
 (2) cut those patches out, window them when they come as HU, and embed them (a patch convolution as one matmul);
 (3) add position embeddings, interpolated when the crop is not of the trained size;
-(4) run the blocks, keep the raw outputs of `feature_levels` and the normed last output.
+(4) run the blocks, keep the raw outputs of `feature_levels` and the normed last output. Nobody reads the last output
+    but the organs: where they are known, the last block computes their tokens alone, from keys and values of all.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from transformers.utils import ModelOutput
 from .configuration_fvlm import FVLMVisionConfig
 from .dropout import Dropout, attention_with_dropout, runs_here
 
+# Above this share of tokens in organs, picking them out costs as much as it saves.
+MOST_ASKED = 0.9
+
 
 @dataclass
 class FVLMVisionOutput(ModelOutput):
@@ -30,7 +34,8 @@ class FVLMVisionOutput(ModelOutput):
 
     Attributes:
         feature_levels: For every entry of `config.feature_levels` its block's raw output, then the normed last
-            output; each `(batch, tokens, hidden_size)`.
+            output; each `(batch, tokens, hidden_size)`. Where the organs' tokens were given, the last one may be zero
+            at tokens that hold none.
         token_index: `(batch, tokens)` int64, the patch (width fastest) behind each token; None: every patch in order.
         token_is_real: `(batch, tokens)` bool, False where a sample is padded to the longest; None: no padding.
         hidden_states: With `output_hidden_states`: embeddings, then every block's output, the last one normed.
@@ -122,6 +127,11 @@ def select_tokens(organ_token_mask: Tensor) -> tuple[Tensor, Tensor | None]:
     token_index = is_kept.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :longest]
     token_is_real = torch.arange(longest, device=is_kept.device) < num_kept[:, None]
     return token_index, None if bool(token_is_real.all()) else token_is_real
+
+
+def gather_tokens(tokens: Tensor, token_index: Tensor) -> Tensor:
+    """Tokens `(batch, asked, hidden)` of `(batch, tokens, hidden)` at `token_index` `(batch, asked)`."""
+    return tokens.gather(1, token_index[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 def window_patches(patches: Tensor, windows: list[dict], dtype: torch.dtype) -> Tensor:
@@ -224,10 +234,14 @@ class FVLMVisionAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, asked_index: Tensor | None = None
+    ) -> Tensor:
         batch, num_tokens, _ = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch, num_tokens, 3, self.num_heads, self.head_size)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, head size)
+        if asked_index is not None:
+            query = query.gather(2, asked_index[:, None, :, None].expand(-1, self.num_heads, -1, self.head_size))
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
         # On the CPU the SDPA of PyTorch has no fused kernel with dropout, and a slow one without fusion.
@@ -267,8 +281,12 @@ class FVLMVisionBlock(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = FVLMVisionMLP(config)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        hidden_states = hidden_states + self.attention(self.norm1(hidden_states), attention_mask)
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, asked_index: Tensor | None = None
+    ) -> Tensor:
+        """All tokens `(batch, tokens, hidden)`; with `asked_index` `(batch, asked)` only these, which see all."""
+        context = self.attention(self.norm1(hidden_states), attention_mask, asked_index)
+        hidden_states = (hidden_states if asked_index is None else gather_tokens(hidden_states, asked_index)) + context
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
 
@@ -314,24 +332,33 @@ class FVLMVisionModel(PreTrainedModel):
             output_hidden_states: Return the output of every block.
         """
         # (1)
-        token_index = token_is_real = attention_mask = None
+        token_index = token_is_real = attention_mask = asked_index = None
+        last = len(self.blocks) - 1
         if self.config.token_selection == "organs":
             if organ_token_mask is None:
                 raise ValueError("token_selection='organs' needs organ_token_mask: it says which patches to read.")
             token_index, token_is_real = select_tokens(organ_token_mask)
             attention_mask = self.key_mask(token_is_real)
+        elif self.may_ask_for_few(organ_token_mask, output_hidden_states):
+            asked_index, _ = select_tokens(organ_token_mask)
+            if asked_index.shape[1] > MOST_ASKED * organ_token_mask.shape[2]:
+                asked_index = None
         # (2), (3)
         hidden_states = self.embeddings(pixel_values, windows, token_index)
         # (4)
-        levels = []
+        levels, levels_shape = [], hidden_states.shape
         all_hidden_states = [hidden_states] if output_hidden_states else None
         for index, block in enumerate(self.blocks):
-            hidden_states = block(hidden_states, attention_mask)
+            hidden_states = block(hidden_states, attention_mask, asked_index if index == last else None)
             if index in self.config.feature_levels:
                 levels.append(hidden_states)
             if output_hidden_states and index + 1 < len(self.blocks):
                 all_hidden_states.append(hidden_states)
-        levels.append(self.norm(hidden_states))
+        hidden_states = self.norm(hidden_states)
+        if asked_index is not None:
+            index = asked_index[..., None].expand_as(hidden_states)
+            hidden_states = hidden_states.new_zeros(levels_shape).scatter(1, index, hidden_states)
+        levels.append(hidden_states)
         if output_hidden_states:
             all_hidden_states.append(levels[-1])
         return FVLMVisionOutput(
@@ -340,6 +367,14 @@ class FVLMVisionModel(PreTrainedModel):
             token_is_real=token_is_real,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
         )
+
+    def may_ask_for_few(self, organ_token_mask: Tensor | None, output_hidden_states: bool) -> bool:
+        """Whether the last block may compute the organs' tokens alone.
+
+        On the CPU only: on a GPU the host would have to wait for the number of tokens, step by step.
+        """
+        is_read_whole = output_hidden_states or len(self.blocks) - 1 in self.config.feature_levels
+        return organ_token_mask is not None and organ_token_mask.device.type == "cpu" and not is_read_whole
 
     def key_mask(self, token_is_real: Tensor | None) -> Tensor | None:
         """The padding mask in the form the attention implementation in force reads."""

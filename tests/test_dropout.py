@@ -54,6 +54,19 @@ def test_gradients_are_those_of_the_mask_of_the_forward_pass(small_chunks):
     assert torch.autograd.gradcheck(run, (values.detach().T.requires_grad_(),)), "not contiguous"
 
 
+def test_fewer_queries_than_keys(small_chunks):
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=generator).requires_grad_()
+    key, value = (torch.randn(SHAPE, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
+
+    def run(*tensors):
+        torch.manual_seed(3)
+        return attention_with_dropout(*tensors, None, 0.3, 0.5)
+
+    assert run(query, key, value).shape == (2, 5, 3, 4)
+    assert torch.autograd.gradcheck(run, (query, key, value))
+
+
 @pytest.mark.parametrize("hides_keys", [False, True])
 def test_attention_has_the_gradients_of_its_dropped_probabilities(small_chunks, hides_keys):
     key_is_real = torch.rand(2, 7, generator=torch.Generator().manual_seed(1)) > 0.3 if hides_keys else None

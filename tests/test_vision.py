@@ -252,3 +252,27 @@ def test_dropout_acts_in_training_alone(pixel_values, kind):
 def test_a_crop_that_does_not_fit_the_patches_is_refused():
     with pytest.raises(ValueError, match="height 13 is no positive multiple of patch 4; pad it to 16"):
         make_tower()(torch.zeros(1, 2, 4, 13, 32))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_last_block_computes_the_organs_tokens_alone(attention):
+    """Levels at organ tokens, and what flows back from them, are those of the whole block."""
+    tower = make_tower(attention).train()
+    generator = torch.Generator().manual_seed(4)
+    pixel_values = torch.randn(2, 2, *VOLUME_SIZE, generator=generator)
+    organ_token_mask = torch.zeros(2, 3, 24, dtype=torch.bool)
+    organ_token_mask[0, 0, [2, 5, 23]] = organ_token_mask[0, 2, [5, 6]] = organ_token_mask[1, 1, 20] = True
+    direction = torch.randn(2, 24, 16, generator=generator) * organ_token_mask.any(1)[..., None]
+    rows = []
+    tower.blocks[-1].mlp.linear1.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    results = []
+    for few in (True, False):
+        levels = tower(pixel_values, organ_token_mask if few else None).feature_levels
+        gradients = torch.autograd.grad((levels[-1] * direction).sum(), list(tower.parameters()))
+        results.append([*levels[:-1], levels[-1] * organ_token_mask.any(1)[..., None], *gradients])
+    assert rows == [4, 24], "the longest sample has four tokens in organs"
+    for few, whole in zip(*results):
+        torch.testing.assert_close(few, whole, rtol=1e-5, atol=1e-5)
+    tower(pixel_values, torch.ones(2, 1, 24, dtype=torch.bool))
+    tower(pixel_values, organ_token_mask, output_hidden_states=True)
+    assert rows[2:] == [24, 24], "too many tokens, or somebody reads all"
