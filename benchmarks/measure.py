@@ -116,15 +116,20 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None
     return options
 
 
-def in_turns(ways: Mapping[str, Callable[[], object]], repeats: int, warm_up: bool = True) -> dict[str, Times]:
-    """Median seconds of each way; with `warm_up` a first turn of each is not counted."""
+def in_turns(ways: Mapping[str, Callable[[], object]], repeats: int, warm_ups: int = 1) -> dict[str, Times]:
+    """Median seconds of each way.
+
+    In each turn a way runs `warm_ups` times untimed and then timed, as in the middle of a run of its own: what another
+    way leaves behind, memory given back to the kernel above all, is not its to pay for.
+    """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for turn in range(0 if warm_up else 1, repeats + 1):
+    for _ in range(repeats):
         for name, way in ways.items():
+            for _ in range(warm_ups):
+                way()
             cpu, wall = time.process_time(), time.perf_counter()
             way()
-            if turn:
-                times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+            times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
     return {name: Times(*(statistics.median(column) for column in zip(*rows))) for name, rows in times.items()}
 
 
