@@ -44,6 +44,7 @@ from evaluation_fvlm.split import LEVELS, check_split_matches, open_split, read_
 from evaluation_fvlm.tasks import available_tasks, check_task_organs, load_task
 from evaluation_fvlm.windows import WindowRule
 from evaluation_fvlm.zero_shot import evaluate_split
+from modeling_fvlm.gemm import BACKENDS, BLAS, gemm_backend, pick_gemm_backend
 from modeling_fvlm.modeling_fvlm import load_whole_model
 from modeling_fvlm.processing_fvlm import FVLMProcessor
 
@@ -58,6 +59,7 @@ PROTOCOLS = {
     },
 }
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -122,6 +124,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Arithmetic of the towers (default: %(default)s); bfloat16 is several times faster and moves scores in "
         "the third digit.",
     )
+    running.add_argument(
+        "--gemm_backend",
+        choices=("auto", *BACKENDS),
+        default="auto",
+        help="Library of the linear layers, in float32 on a CPU only: PyTorch's own blas, or onednn, faster on some "
+        "processors. auto measures both for a large model (seconds) and takes oneDNN if it is faster and rounds as "
+        "float32 must; metrics.json tells (default: %(default)s).",
+    )
+    running.add_argument(
+        "--attn_implementation",
+        choices=ATTENTIONS,
+        default="sdpa",
+        help="Attention of both towers; flash attention needs a GPU, --dtype bfloat16 or float16 and the flash-attn "
+        "package, and has not been run yet (default: %(default)s).",
+    )
     running.add_argument("--batch_size", type=int, default=4, help="Windows per forward (default: %(default)s).")
     running.add_argument(
         "--num_workers",
@@ -183,6 +200,40 @@ def load_model(path: str, revision: str | None, device: str) -> tuple[PreTrained
     return model.eval().to(device), processor
 
 
+def set_attention(model: PreTrainedModel, name: str, dtype: str) -> None:
+    """Let both towers attend by the named implementation.
+
+    Raises:
+        EvaluationError: If it cannot run here, is not installed, or a tower does not know it.
+    """
+    if name == "sdpa":  # what transformers chose already, where the text encoder has it
+        return
+    if name.startswith("flash") and (model.device.type == "cpu" or dtype == "float32"):
+        raise EvaluationError(
+            f"--attn_implementation {name} needs a GPU and --dtype bfloat16 or float16, not {dtype} on "
+            f"{model.device.type}: take sdpa."
+        )
+    try:
+        model.set_attn_implementation(name)
+    except Exception as error:  # ImportError, ValueError, and whatever a package that is half there raises
+        raise EvaluationError(f"--attn_implementation {name}: {error}") from error
+
+
+def gemm_backend_of(args: argparse.Namespace, model: PreTrainedModel) -> tuple[str | None, str | None]:
+    """The backend of the linear layers, None where no float32 is computed on a CPU; and what was measured, in words.
+
+    Raises:
+        EvaluationError: If the backend asked for is not there.
+    """
+    if model.device.type != "cpu" or args.dtype != "float32":
+        return None, None
+    name = None if args.gemm_backend == "auto" else args.gemm_backend
+    try:
+        return pick_gemm_backend(name, sum(parameter.numel() for parameter in model.parameters()))
+    except ValueError as error:
+        raise EvaluationError(f"--gemm_backend {args.gemm_backend}: {error}") from error
+
+
 def level_name(level: str, settings: dict) -> str:
     """What was counted, in words; `settings` as below."""
     if level == "scan":
@@ -229,6 +280,7 @@ def run(args: argparse.Namespace) -> dict:
         )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = load_model(args.model, args.revision, device)
+    set_attention(model, args.attn_implementation, args.dtype)
     for task in tasks:
         check_task_organs(task, model.config.organs)
     vision = model.config.vision_config
@@ -248,18 +300,22 @@ def run(args: argparse.Namespace) -> dict:
         print(f"WARNING: {warning}", file=sys.stderr)
     dataset = select_scans(open_split(args.data, args.split, args.data_revision), args.level, args.limit)
 
-    scores = evaluate_split(
-        model,
-        processor,
-        dataset,
-        tasks,
-        batch_size=args.batch_size,
-        rule=rule,
-        num_workers=args.num_workers,
-        dtype=DTYPES[args.dtype],
-        progress=not args.quiet,
-        prompt_cache=prompt_cache,
-    )
+    backend, gemm_check = gemm_backend_of(args, model)
+    if gemm_check is not None:
+        print(gemm_check, file=sys.stderr)
+    with gemm_backend(backend or BLAS):
+        scores = evaluate_split(
+            model,
+            processor,
+            dataset,
+            tasks,
+            batch_size=args.batch_size,
+            rule=rule,
+            num_workers=args.num_workers,
+            dtype=DTYPES[args.dtype],
+            progress=not args.quiet,
+            prompt_cache=prompt_cache,
+        )
     published = args.protocol == "published"
     protocol = {
         "name": args.protocol,
@@ -285,6 +341,9 @@ def run(args: argparse.Namespace) -> dict:
         "incomplete_organs": "scored",
         "device": str(model.device),
         "dtype": args.dtype,
+        "gemm_backend": backend,
+        "gemm_check": gemm_check,
+        "attention": args.attn_implementation,
         "batch_size": args.batch_size,
         "versions": library_versions(),
     }

@@ -33,10 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, PreTrainedModel, ProcessorMixin, set_seed
 from transformers.utils import logging
 
 from modeling_fvlm import FVLMConfig
+from modeling_fvlm.gemm import BLAS, gemm_backend, pick_gemm_backend
 from modeling_fvlm.pipeline_fvlm import save_for_hub
 from training_fvlm.arguments import Settings, SettingsError, parse_settings
 from training_fvlm.build import build_model, centre_projections
@@ -71,6 +73,7 @@ RESUMED_SETTINGS = (
     *(f"training.{name}" for name in ("seed", "data_seed", "train_sampling_strategy", "per_device_train_batch_size")),
     *(f"training.{name}" for name in ("gradient_accumulation_steps", "lr_schedule", "warmup_start_lr", "min_lr")),
     *(f"training.{name}" for name in ("weight_decay_everywhere", "skip_inactive_organs", "published_gradient_scale")),
+    "training.attn_implementation",
 )
 
 
@@ -106,7 +109,13 @@ def train(settings: Settings) -> None:
         tokenizer = AutoTokenizer.from_pretrained(resumed)
         check_vocabulary(tokenizer, f"--resume_from_checkpoint {resumed}")
     model, processor = build_model(
-        settings.model, description, train_dataset, window_volumes=data.window_volumes, tokenizer=tokenizer, start=start
+        settings.model,
+        description,
+        train_dataset,
+        window_volumes=data.window_volumes,
+        tokenizer=tokenizer,
+        start=start,
+        attn_implementation=args.attn_implementation,
     )
     crop = {"tokenizer": processor.tokenizer, "config": model.config, "seed": args.seed}
     if resumed:
@@ -128,16 +137,18 @@ def train(settings: Settings) -> None:
         zero_shot=zero_shot_evaluation(settings, model.config, processor) if data.eval_tasks else None,
         callbacks=[CurveCallback()],
     )
-    run = describe_run(settings, trainer)
+    backend = gemm_backend_of_run(trainer)
+    run = describe_run(settings, trainer, backend)
     trainer.write_card = lambda: write_card(trainer, run)
     if trainer.is_world_process_zero():
         write_run(run, args.output_dir)
 
     start_time = time.time()
-    trainer.train(resume_from_checkpoint=resumed)
-    run["steps"], run["train_seconds"] = trainer.state.global_step, round(time.time() - start_time, 1)
-    if eval_dataset is not None and not was_just_evaluated(trainer):
-        trainer.evaluate()
+    with gemm_backend(backend or BLAS):
+        trainer.train(resume_from_checkpoint=resumed)
+        run["steps"], run["train_seconds"] = trainer.state.global_step, round(time.time() - start_time, 1)
+        if eval_dataset is not None and not was_just_evaluated(trainer):
+            trainer.evaluate()
 
     # Save
     trainer.save_state()
@@ -215,6 +226,45 @@ def zero_shot_evaluation(
     return evaluate
 
 
+def gemm_backend_of_run(trainer: FVLMTrainer) -> str | None:
+    """The backend of the run's linear layers, the same on all processes; None where it computes no float32 on a CPU.
+
+    What --gemm_backend names, else what the run that is resumed used, else what the first process measures.
+
+    Raises:
+        SettingsError: If that backend is not there.
+    """
+    args = trainer.args
+    if args.device.type != "cpu" or args.computed_precision != "fp32":
+        if args.gemm_backend != "auto":
+            where = f"{args.computed_precision} on {args.device.type}"
+            logger.warning("--gemm_backend %s has no effect in %s.", args.gemm_backend, where)
+        return None
+    recorded = recorded_run(args.resume_from_checkpoint).get("gemm_backend") if args.resume_from_checkpoint else None
+    name = recorded if args.gemm_backend == "auto" else args.gemm_backend
+    if recorded not in (None, name):
+        logger.warning(
+            "--gemm_backend %s, but the run that is resumed used %s: its weights will differ in the last digits.",
+            name,
+            recorded,
+        )
+    chosen = [name]
+    try:
+        with gemm_backend(name or BLAS):  # all processes ask whether it is there: none waits for one that has stopped
+            pass
+        if trainer.is_world_process_zero():
+            chosen[0], line = pick_gemm_backend(name, sum(weight.numel() for weight in trainer.model.parameters()))
+            if line is not None:
+                logger.warning("%s", line)
+    except ValueError as error:
+        hint = ""
+        if args.gemm_backend == "auto":
+            hint = f" The run that is resumed used it: --gemm_backend {BLAS} goes on, but not to the same digits."
+        raise SettingsError(f"--gemm_backend {args.gemm_backend}: {error}{hint}") from error
+    broadcast_object_list(chosen)
+    return chosen[0]
+
+
 def check_same_model(config: FVLMConfig, checkpoint: str) -> None:
     """Refuse to resume a checkpoint with settings that make another model than the one it holds."""
     saved, now = (_flat(each.to_dict()) for each in (FVLMConfig.from_pretrained(checkpoint), config))
@@ -236,10 +286,7 @@ def check_same_run(settings: Settings, checkpoint: str) -> None:
     The run's own settings stand in run.json beside its checkpoints; a folder without one is taken as it is, and so is
     a setting that an older run.json does not hold.
     """
-    path = Path(checkpoint).resolve().parent / RUN_FILE
-    if not path.is_file():
-        return
-    saved = _flat(json.loads(path.read_text(encoding="utf-8")))
+    saved = _flat(recorded_run(checkpoint))
     now = _flat(json.loads(json.dumps(resolved_settings(settings), default=str)))
     options = {"data_name": "--data", "processes": "number of processes"}
     differing = [
@@ -250,8 +297,14 @@ def check_same_run(settings: Settings, checkpoint: str) -> None:
     if differing:
         raise SettingsError(
             f"{checkpoint} belongs to a run with other settings ({'; '.join(differing)}). Resume with those in "
-            f"{path.name} beside it, or start anew in another --output_dir."
+            f"{RUN_FILE} beside it, or start anew in another --output_dir."
         )
+
+
+def recorded_run(checkpoint: str) -> dict[str, Any]:
+    """Content of the run.json beside a checkpoint; nothing if there is none."""
+    path = Path(checkpoint).resolve().parent / RUN_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -325,7 +378,7 @@ def resolved_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
-def describe_run(settings: Settings, trainer: FVLMTrainer) -> dict[str, Any]:
+def describe_run(settings: Settings, trainer: FVLMTrainer, backend: str | None) -> dict[str, Any]:
     """Content of run.json: resolved settings, sizes, library versions and the command that made the run."""
     args = settings.training
     rows = {settings.data.train_split: len(trainer.train_dataset)}
@@ -347,7 +400,8 @@ def describe_run(settings: Settings, trainer: FVLMTrainer) -> dict[str, Any]:
         "num_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "group_size": args.group_size,
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
-        "precision": {"no": "fp32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision),
+        "precision": args.computed_precision,
+        "gemm_backend": backend,
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
         "steps": 0,
     }

@@ -149,7 +149,7 @@ class OurStep:
 
 
 def twin(model: FVLMModel) -> FVLMModel:
-    """Another model on the same parameters: a second set of them would not leave room for the baseline's activations."""
+    """Another model on the same parameters: a second set would not leave room for the baseline's activations."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 

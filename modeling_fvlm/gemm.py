@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 BLAS, ONEDNN = "blas", "onednn"
 BACKENDS = (BLAS, ONEDNN)
 # A gain below this is noise of the measurement, and PyTorch's own way needs no reason.
 MIN_GAIN = 1.1
+# A smaller model spends its time elsewhere than in large matrix products: nothing is measured for it.
+MIN_PARAMETERS_TO_MEASURE = 20_000_000
+# Products of this size are checked in milliseconds, where a backend is named and its speed does not matter.
+QUICK_CHECK = {"rows": 128, "inner": 768, "columns": 256, "repeats": 1}
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,6 @@ class _OneDNNLinear(torch.autograd.Function):
         return inputs_grad, weight_grad, bias_grad
 
 
-class _OneDNNMode(TorchFunctionMode):
-    """Sends float32 linear layers on the CPU to oneDNN; everything else passes."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear and not kwargs and _is_plain_float32(args):
-            return _OneDNNLinear.apply(args[0], args[1], args[2] if len(args) > 2 else None)
-        return func(*args, **(kwargs or {}))
-
-
 def _is_plain_float32(tensors: tuple) -> bool:
     is_plain = all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
     return is_plain and tensors[0].ndim > 1 and tensors[0].numel() > 0 and not torch.is_autocast_enabled("cpu")
@@ -102,7 +96,10 @@ def _is_plain_float32(tensors: tuple) -> bool:
 
 @contextmanager
 def gemm_backend(name: str) -> Iterator[None]:
-    """Within, linear layers in float32 on the CPU run by this backend, on this thread.
+    """Within, linear layers in float32 on the CPU run by this backend, on all threads of the process.
+
+    Not by a `TorchFunctionMode`: Python takes that off for the time of `backward()`, and what checkpoints compute again
+    there would run by another backend than in the forward pass.
 
     Raises:
         ValueError: If there is no such backend here.
@@ -110,11 +107,52 @@ def gemm_backend(name: str) -> Iterator[None]:
     if name == BLAS:
         yield
     elif name == ONEDNN and onednn_is_available():
-        with _OneDNNMode():
+        plain = F.linear
+
+        def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            if _is_plain_float32((inputs, weight, bias)):
+                return _OneDNNLinear.apply(inputs, weight, bias)
+            return plain(inputs, weight, bias)
+
+        F.linear = linear
+        try:
             yield
+        finally:
+            F.linear = plain
     else:
         available = [BLAS, *([ONEDNN] if onednn_is_available() else [])]
         raise ValueError(f"GEMM backend {name!r} is not among those of this PyTorch: {available}.")
+
+
+def pick_gemm_backend(name: str | None, num_parameters: int) -> tuple[str, str | None]:
+    """What a command runs its model by: the named backend, checked, or for a large model the one that measures best.
+
+    Args:
+        name: "blas" or "onednn"; None to choose.
+        num_parameters: Of the model.
+
+    Returns:
+        The backend, and a line for the log: what was measured, or a warning of lowered precision; None for neither.
+
+    Raises:
+        ValueError: If the named backend is not there.
+    """
+    if name is None and num_parameters < MIN_PARAMETERS_TO_MEASURE:
+        return BLAS, None
+    with gemm_backend(name or BLAS):
+        pass
+    try:
+        choice = choose_gemm_backend(**({} if name is None else QUICK_CHECK))
+    except RuntimeError as error:
+        return name or BLAS, f"WARNING: {error}"
+    if name is None:
+        return choice.name, choice.describe()
+    if (error := choice.checks[name].error) > 1:
+        return name, (
+            f"WARNING: GEMM backend {name} rounds {error:.0f} times more than float32 may: some setting lowers its "
+            f"precision, for instance the variable ONEDNN_DEFAULT_FPMATH_MODE. Undo it, or take {BLAS}."
+        )
+    return name, None
 
 
 def choose_gemm_backend(rows: int = 1024, inner: int = 768, columns: int = 3072, repeats: int = 5) -> GemmChoice:

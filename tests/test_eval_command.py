@@ -21,6 +21,8 @@ from evaluation_fvlm.plots import plot_auc_bars, plot_roc_curves
 from evaluation_fvlm.published_metrics import published_finding_metrics
 from evaluation_fvlm.tasks import load_task
 from evaluation_fvlm.zero_shot import evaluate_split
+from modeling_fvlm import gemm
+from modeling_fvlm.gemm import BLAS, ONEDNN, GemmCheck, GemmChoice
 from modeling_fvlm.pipeline_fvlm import save_for_hub
 from modeling_fvlm.processing_fvlm import FVLMProcessor
 
@@ -127,6 +129,54 @@ def test_shared_windows_change_the_context_and_say_so(workplace, tmp_path, capsy
         with pytest.raises(SystemExit):
             eval_fvlm.main([*arguments(workplace, tmp_path / "no"), "--shared_windows", *flags])
         assert "published windows are one per organ" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not gemm.onednn_is_available(), reason="this PyTorch carries no oneDNN")
+def test_the_backend_of_linear_layers_is_measured_and_named(workplace, tmp_path, monkeypatch, capsys):
+    for name in ("plot_roc_curves", "plot_auc_bars"):
+        monkeypatch.setattr(results, name, lambda frame, summary, path: path.write_bytes(b"x"))
+    sent, apply = [], gemm._OneDNNLinear.apply
+    monkeypatch.setattr(gemm._OneDNNLinear, "apply", lambda *tensors: sent.append(1) or apply(*tensors))
+
+    def run(name: str, *flags: str) -> dict:
+        given = [*arguments(workplace, tmp_path / name), "--quiet", "--no_prompt_cache"]
+        assert eval_fvlm.main([*given, *flags]) == 0
+        return json.loads((tmp_path / name / "metrics.json").read_text())["protocol"]
+
+    monkeypatch.setattr(gemm, "choose_gemm_backend", lambda **sizes: pytest.fail("measured"))
+    protocol = run("small")
+    assert (protocol["gemm_backend"], protocol["gemm_check"], protocol["attention"]) == (BLAS, None, "sdpa")
+    assert run("half", "--dtype", "bfloat16")["gemm_backend"] is None and not sent
+
+    choice = GemmChoice(ONEDNN, {BLAS: GemmCheck(50.0, 0.1), ONEDNN: GemmCheck(100.0, 0.1)})
+    monkeypatch.setattr(gemm, "choose_gemm_backend", lambda **sizes: choice)
+    monkeypatch.setattr(gemm, "MIN_PARAMETERS_TO_MEASURE", 100)
+    capsys.readouterr()
+    protocol = run("large", "--attn_implementation", "eager")
+    assert (protocol["gemm_backend"], protocol["gemm_check"]) == (ONEDNN, choice.describe())
+    assert protocol["attention"] == "eager" and sent and choice.describe() in capsys.readouterr().err
+    scores = [pd.read_csv(tmp_path / name / "scores.csv")["score"] for name in ("small", "large")]
+    np.testing.assert_allclose(*scores, rtol=1e-5)
+
+    # A backend that is named is not timed, but checked; a setting that lowers float32 itself is told, and no crash.
+    rounds = GemmChoice(BLAS, choice.checks | {ONEDNN: GemmCheck(100.0, 30.0)})
+    monkeypatch.setattr(gemm, "choose_gemm_backend", lambda **sizes: rounds)
+    protocol = run("named", "--gemm_backend", "onednn")
+    assert protocol["gemm_backend"] == ONEDNN and "WARNING: GEMM backend onednn rounds 30" in protocol["gemm_check"]
+
+    def lowered(**sizes):
+        raise RuntimeError("undo torch.set_float32_matmul_precision")
+
+    monkeypatch.setattr(gemm, "choose_gemm_backend", lowered)
+    assert run("lowered")["gemm_backend"] == BLAS
+    assert "WARNING: undo torch.set_float32_matmul_precision" in capsys.readouterr().err
+    monkeypatch.setattr(gemm, "onednn_is_available", lambda: False)
+    for flags, message in (
+        (["--gemm_backend", "onednn"], "--gemm_backend onednn: GEMM backend 'onednn' is not among"),
+        (["--attn_implementation", "flash_attention_2"], "needs a GPU and --dtype bfloat16 or float16, not float32 on"),
+    ):
+        assert eval_fvlm.main([*arguments(workplace, tmp_path / "no"), *flags]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_prompt_embeddings_are_kept_between_runs_unless_refused(workplace, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from modeling_fvlm import gemm
 from modeling_fvlm.gemm import BLAS, ONEDNN, GemmCheck, GemmChoice, choose_gemm_backend, gemm_backend
@@ -31,6 +32,22 @@ def test_both_backends_give_the_same_layer(bias, monkeypatch):
     assert len(used) == 1
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@needs_onednn
+@pytest.mark.parametrize("gradient_of", [lambda y: y.backward(), lambda y: torch.autograd.backward(y)])
+def test_checkpoints_recompute_by_the_same_backend(monkeypatch, gradient_of):
+    layers = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    used = []
+    apply = gemm._OneDNNLinear.apply
+    monkeypatch.setattr(gemm._OneDNNLinear, "apply", lambda *tensors: used.append(1) or apply(*tensors))
+    plain = F.linear
+    with gemm_backend(ONEDNN):
+        output = checkpoint(layers, torch.ones(4, 8, requires_grad=True), use_reentrant=False)
+        assert len(used) == 2
+        gradient_of(output.sum())
+    # The recomputation stops once it has every saved tensor, here at the last layer.
+    assert len(used) == 4 and F.linear is plain
 
 
 @needs_onednn

@@ -30,6 +30,7 @@ RUN = {
     "steps": 1000,
     "group_size": 8,
     "precision": "fp32",
+    "gemm_backend": "blas",
     "versions": {"torch": "9.9.9"},
 }
 
@@ -50,6 +51,12 @@ def config_of(**changes):
 def card_of(config=None, run=RUN, train=None, evaluated=None, metrics=None):
     train = {"lung": OrganLossRow(1000, 3.3, "lung", 1.2345, 2.0794, 0.5, 0.9)} if train is None else train
     return render_card(config or config_of(), run, train, evaluated or {}, metrics or {})
+
+
+def test_the_card_names_a_backend_that_is_not_pytorchs_own():
+    assert "| precision | fp32 |" in card_of()
+    assert "| precision | fp32, linear layers by oneDNN |" in card_of(run=RUN | {"gemm_backend": "onednn"})
+    assert "| precision | bf16 |" in card_of(run=RUN | {"gemm_backend": None, "precision": "bf16"})
 
 
 def test_preprocessing_on_the_card_is_that_of_the_config():

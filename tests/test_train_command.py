@@ -194,7 +194,7 @@ def test_every_setting_that_steps_hang_on_is_compared_at_a_resume(tmp_path):
         *(["--data_seed", "9"], ["--train_sampling_strategy", "sequential"], ["--per_device_train_batch_size", "2"]),
         *(["--gradient_accumulation_steps", "4"], ["--lr_schedule", "published"], ["--warmup_start_lr", "1e-7"]),
         *(["--min_lr", "1e-7"], ["--weight_decay_everywhere"], ["--skip_inactive_organs"]),
-        ["--published_gradient_scale"],
+        *(["--published_gradient_scale"], ["--attn_implementation", "eager"]),
     ):
         with pytest.raises(SettingsError, match=rf"other settings \({words[0]}: .* here, .* there\)"):
             train_fvlm.check_same_run(settings_of(*words, tmp_path=tmp_path), str(checkpoint))
@@ -362,6 +362,7 @@ def test_the_command_line_wins_over_the_recipe_and_keeps_the_rest(tmp_path):
         (["--resume_from_checkpoint", "elsewhere"], "elsewhere is no checkpoint"),
         (["--dataloader_drop_last", "false"], "--dataloader_drop_last on"),
         (["--window_volumes", "0"], "--window_volumes 0 must be at least 1"),
+        (["--model.text_encoder.attention_dropout", "much"], "attention_dropout 'much' must lie in [0, 1)"),
         (["stray"], "words that belong to no argument: stray"),
     ],
 )

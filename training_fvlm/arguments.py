@@ -29,12 +29,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from modeling_fvlm.configuration_fvlm import AXES, FVLMConfig, FVLMVisionConfig
+from modeling_fvlm.gemm import BACKENDS
 
 logger = logging.get_logger(__name__)
 
 RECIPES = Path(__file__).resolve().parent.parent / "hub_configs" / "recipes"
 RECIPE_KEYS = ("name", "version", "description", "model", "data", "training")
-TEXT_ENCODER_KEYS = ("from_scratch", "vocab_size", "pretrained", "revision")
+TEXT_ENCODER_KEYS = ("from_scratch", "vocab_size", "pretrained", "revision", "attention_dropout")
 # Written by the run itself: organs and their classes come with the organ set, text_config with the text encoder.
 DERIVED_MODEL_KEYS = ("organs", "organ_classes", "text_config")
 
@@ -191,6 +192,22 @@ class FVLMTrainingArguments(TrainingArguments):
             "difference."
         },
     )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = field(
+        default="sdpa",
+        metadata={
+            "help": "Attention of both towers: `sdpa` (PyTorch's fused kernels; with dropout on a CPU our own), "
+            "`eager` (written out, slow), or flash attention, which needs a GPU, --bf16 or --fp16 and the flash-attn "
+            "package, and has not been run yet. Flash attention 3 drops nothing: set both attention dropouts to 0."
+        },
+    )
+    gemm_backend: Literal["auto", "blas", "onednn"] = field(
+        default="auto",
+        metadata={
+            "help": "Library of the linear layers, in float32 on a CPU only: PyTorch's own `blas`, or `onednn`, which "
+            "is faster on some processors. `auto` measures both at the start of a large model (some seconds) and takes "
+            "oneDNN if it is faster and rounds as float32 must; the log and run.json tell. A resumed run keeps its own."
+        },
+    )
     lr_schedule: Literal["trainer", "published"] = field(
         default="trainer",
         metadata={
@@ -277,6 +294,17 @@ class FVLMTrainingArguments(TrainingArguments):
                 "--skip_inactive_organs has no effect under DeepSpeed, which steps within the backward pass: leave it "
                 "out, or train without DeepSpeed."
             )
+        if self.gemm_backend not in ("auto", *BACKENDS):
+            raise SettingsError(f"--gemm_backend {self.gemm_backend!r} must be auto, {' or '.join(BACKENDS)}.")
+        self._check_attention()
+        if self.device.type == "cpu" and self.torch_compile:
+            raise SettingsError(
+                "--torch_compile on a CPU compiles for minutes again and again, since captions and organs give every "
+                "batch another shape, and a compiled step is no faster there: leave it out. --gemm_backend and --bf16 "
+                "are what helps. (On a GPU it is passed on to the Trainer, and has not been run yet.)"
+            )
+        if self.device.type == "cpu" and self.mixed_precision == "fp16":
+            logger.warning("--fp16 has no effect on a CPU: accelerate computes in float32 there. Use --bf16.")
         if self.group_size < 2:
             raise SettingsError(
                 "--per_device_train_batch_size 1 on one process contrasts a patient with nobody: use at least 2."
@@ -290,6 +318,27 @@ class FVLMTrainingArguments(TrainingArguments):
             )
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinned memory serves copies to a GPU only
+
+    def _check_attention(self) -> None:
+        """Refuse flash attention where it cannot run."""
+        names = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+        if self.attn_implementation not in names:  # a recipe's value passes by the choices
+            raise SettingsError(f"--attn_implementation {self.attn_implementation!r} is none of {', '.join(names)}.")
+        if not self.attn_implementation.startswith("flash"):
+            return
+        if self.device.type == "cpu":
+            raise SettingsError(f"--attn_implementation {self.attn_implementation} needs a GPU: on a CPU take sdpa.")
+        if self.mixed_precision == "no":
+            raise SettingsError(
+                f"--attn_implementation {self.attn_implementation} does not compute in float32: add --bf16 or --fp16."
+            )
+
+    @property
+    def computed_precision(self) -> str:
+        """fp32, bf16 or fp16: what the towers compute in. Weights are float32 in any case."""
+        precision = {"no": "fp32"}.get(self.mixed_precision, self.mixed_precision)
+        # accelerate accepts fp16 on a CPU, but autocasts there for bf16 alone.
+        return "fp32" if precision == "fp16" and self.device.type == "cpu" else precision
 
     @property
     def group_size(self) -> int:
@@ -457,10 +506,13 @@ def _check_model_names(model: dict[str, Any], needs_text_encoder: bool = True) -
     refuse_unknown(model, model_fields(), "the model section")
     vision = model.setdefault("vision_config", {})
     refuse_unknown(vision, own_fields(FVLMVisionConfig), "model.vision_config")
-    if not needs_text_encoder and not model.get("text_encoder"):
-        return
-    text = model.setdefault("text_encoder", {})
+    text = model.setdefault("text_encoder", {}) if needs_text_encoder else model.get("text_encoder") or {}
     refuse_unknown(text, TEXT_ENCODER_KEYS, "model.text_encoder")
+    rate = text.get("attention_dropout", 0.0)
+    if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+        raise SettingsError(f"model.text_encoder.attention_dropout {rate!r} must lie in [0, 1).")
+    if not needs_text_encoder and not set(text) - {"attention_dropout"}:
+        return
     if ("from_scratch" in text) == ("pretrained" in text):
         raise SettingsError(
             "model.text_encoder needs exactly one of from_scratch (config fields; set vocab_size beside it) and "
@@ -588,6 +640,11 @@ def _model_help() -> str:
         "--model.vision_config.NAME VALUE": ", ".join(own_fields(FVLMVisionConfig)),
         "--model.text_encoder.from_scratch.NAME VALUE": "fields of the text config, BERT by default",
         "--model.text_encoder.pretrained NAME": "folder or Hub id of a text encoder whose weights are kept",
+        "--model.vision_config.attention_dropout RATE, --model.text_encoder.attention_dropout RATE": "share of the "
+        "attention probabilities dropped in training (published: 0.1, in both towers), also with --init_from and with "
+        "a pretrained encoder. 0 lets CPU and GPU take PyTorch's fused attention, which keeps no probabilities: faster "
+        "and smaller. It regularises a little less, and losses and weights of a run are no longer those of the "
+        "published setting; evaluation drops nothing either way",
     }
     lines = ["model (any name of the recipe's model section; values in YAML):"]
     for flag, text in entries.items():

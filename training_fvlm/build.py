@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_fvlm import FVLMConfig, FVLMModel
@@ -21,6 +21,8 @@ from .start import Start
 from .text import load_text_encoder, put_text_encoder, text_config_from_scratch, train_tokenizer
 
 logger = logging.get_logger(__name__)
+# What text configs call the dropout of attention probabilities.
+ATTENTION_DROPOUT_NAMES = ("attention_probs_dropout_prob", "attention_dropout")
 
 
 def build_model(
@@ -31,6 +33,7 @@ def build_model(
     window_volumes: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
     start: Start | None = None,
+    attn_implementation: str = "sdpa",
 ) -> tuple[FVLMModel, FVLMProcessor]:
     """Make the model that a recipe's model section asks for, with fresh weights, or from the folder of `start`.
 
@@ -43,10 +46,12 @@ def build_model(
         window_volumes: Volumes measured for those.
         tokenizer: Tokenizer of a run that is resumed; None: made here.
         start: Folder whose weights, architecture and tokenizer are taken; its model section is read, not `model`.
+        attn_implementation: Attention of both towers, by transformers' names.
 
     Returns:
         The model and the processor to save beside it.
     """
+    text_attention_dropout = (model.get("text_encoder") or {}).get("attention_dropout")
     model = model if start is None else start.model
     max_text_length = build_config(model, text_config={"model_type": "bert"}, organs=["organ"]).max_text_length
     pretrained = None
@@ -68,6 +73,9 @@ def build_model(
             f"model.max_text_length {max_text_length} is more than the text encoder's {positions} positions: lower it."
         )
 
+    if text_attention_dropout is not None:
+        set_attention_dropout(text_config, text_attention_dropout)
+
     given = {
         "organ_set": description.organ_set,
         "organs": list(description.organs),
@@ -86,7 +94,39 @@ def build_model(
     fvlm = FVLMModel(config) if start is None else start.load(config)
     if pretrained is not None:
         put_text_encoder(fvlm.text_model, pretrained)
+    set_attention(fvlm, attn_implementation)
     return fvlm, FVLMProcessor.from_config(config, tokenizer)
+
+
+def set_attention_dropout(text_config: dict[str, Any], rate: float) -> None:
+    """Put the dropout of attention probabilities into the fields of a text config, whatever they call it.
+
+    Raises:
+        SettingsError: If such a text encoder has no such dropout.
+    """
+    model_type = text_config["model_type"]
+    known = AutoConfig.for_model(model_type).to_dict()
+    names = [name for name in ATTENTION_DROPOUT_NAMES if name in known]
+    if not names:
+        raise SettingsError(
+            f"model.text_encoder.attention_dropout: a text encoder of type {model_type} has none of "
+            f"{', '.join(ATTENTION_DROPOUT_NAMES)}: leave it out."
+        )
+    text_config.update(dict.fromkeys(names, float(rate)))
+
+
+def set_attention(model: FVLMModel, name: str) -> None:
+    """Let both towers attend by the named implementation.
+
+    Raises:
+        SettingsError: If it is not installed, or a tower does not know it.
+    """
+    if name == "sdpa":  # what transformers chose already, where the text encoder has it
+        return
+    try:
+        model.set_attn_implementation(name)
+    except Exception as error:  # ImportError, ValueError, and whatever a package that is half there raises
+        raise SettingsError(f"--attn_implementation {name}: {error}") from error
 
 
 def measure_windows(

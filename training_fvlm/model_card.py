@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modeling_fvlm.configuration_fvlm import FVLMConfig
+from modeling_fvlm.gemm import ONEDNN
 
 from .organ_losses import OrganLossRow
 
@@ -69,7 +70,7 @@ def render_card(
                 ("steps", f"{run['steps']:,} of {run['group_size']} patients"),
                 ("optimizer", f"{training['optim']}, learning rate {training['learning_rate']:g}, "
                               f"weight decay {training['weight_decay']:g}{_decayed(training)}, {_schedule(training)}"),
-                ("precision", run["precision"]),
+                ("precision", run["precision"] + _backend(run["gemm_backend"])),
                 ("seed", str(training["seed"])),
                 ("versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())),
             ],
@@ -249,6 +250,10 @@ def _flips(data: dict[str, Any]) -> str:
 
 def _decayed(training: dict[str, Any]) -> str:
     return " on everything" if training["weight_decay_everywhere"] else ""
+
+
+def _backend(name: str | None) -> str:
+    return ", linear layers by oneDNN" if name == ONEDNN else ""
 
 
 def _schedule(training: dict[str, Any]) -> str:

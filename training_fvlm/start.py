@@ -160,7 +160,7 @@ def _merge(model: dict[str, Any], config: FVLMConfig, folder: str) -> dict[str, 
         merged["temperature_init"] = min(max(config.temperature_init, limits[0]), limits[1])
     elif asked["temperature_init"] != config.temperature_init:
         logger.warning("--init_from %s brings its temperature: model.temperature_init has no effect.", folder)
-    if model.get("text_encoder"):
+    if set(model.get("text_encoder") or {}) - {"attention_dropout"}:
         logger.warning("--init_from %s brings its text encoder and tokenizer: model.text_encoder is not read.", folder)
     return merged
 
