@@ -16,13 +16,14 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo demo-long demo-control test test-slow test-floor lint clean-demo
+.PHONY: help install demo demo-long demo-control test test-slow test-floor bench lint clean-demo
 
 help:
 	@echo "make demo       synthetic CTs -> processed split -> training -> evaluation -> loaded back (about 13 minutes)"
 	@echo "make demo-long  the longer recipe on the same patients (about 40 minutes)"
 	@echo "make demo-control  the demo's recipe with captions shuffled between patients, three times: chance"
 	@echo "make test       the fast tests (minutes); make test-slow: the rest; make test-floor: lowest versions"
+	@echo "make bench      every benchmark, results in runs/bench (about an hour; 17 GB of free memory)"
 	@echo "make lint       ruff"
 
 # --- environment ------------------------------------------------------------------------------------------------------
@@ -117,6 +118,22 @@ test-floor:
 	$(PYTHON) .ci/lowest_versions.py setup.cfg > .venv-floor/constraints.txt
 	.venv-floor/bin/python -m pip install --quiet -c .venv-floor/constraints.txt -e ".[test]"
 	OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+# --- benchmarks -------------------------------------------------------------------------------------------------------
+# One after the other, whatever -j says: each wants the whole machine. BENCH_FLAGS are options that all of them have
+# (make bench BENCH_FLAGS="--repeats 1"); some only: make bench BENCHMARKS="pooling text".
+BENCHMARKS ?= pooling text step memory evaluate scaling
+BENCH ?= runs/bench
+BENCH_FLAGS ?=
+bench_scaling = --plot $(BENCH)/scaling.png
+
+# Memory is measured, and with it time, as a plain `python train_fvlm.py` runs: without the settings at the top.
+MEASURE := env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(BIN)/python -m
+
+bench: $(BIN)/.installed
+	@set -e; $(foreach each,$(BENCHMARKS),echo "benchmarks.$(each)"; \
+		$(MEASURE) benchmarks.$(each) --json $(BENCH)/$(each).json $(bench_$(each)) $(BENCH_FLAGS);)
+	$(BIN)/python -m benchmarks.results $(BENCH)/*.json
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

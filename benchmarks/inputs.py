@@ -14,6 +14,7 @@ from modeling_fvlm import FVLMConfig, FVLMModel
 
 VOLUME_SIZE = (112, 256, 352)
 MEAN_TOKENS, SHORTEST, LONGEST = 26, 5, 120
+LONGEST_PUBLISHED = 384  # the published text encoder cuts there
 ABNORMAL_SHARE = 0.15
 VOCABULARY = 30522
 
@@ -60,8 +61,16 @@ def make_model(num_organs: int, published_dropout: bool = True, attention_dropou
     return model
 
 
-def make_batch(num_organs: int, batch_size: int = 2, seed: int = 0) -> Batch:
-    """Volumes of noise, boxes for organs, captions of random words."""
+def make_batch(num_organs: int, batch_size: int = 2, seed: int = 0, mean_tokens: int = MEAN_TOKENS) -> Batch:
+    """Volumes of noise, boxes for organs, captions of random words.
+
+    Args:
+        num_organs: Organs of every patient.
+        batch_size: Patients.
+        seed: Of everything.
+        mean_tokens: Tokens of a caption in the mean; the longest grow with them, up to the published 384.
+    """
+    longest = min(LONGEST * mean_tokens // MEAN_TOKENS, LONGEST_PUBLISHED)
     generator = np.random.default_rng(seed)
     volume = generator.integers(-1000, 400, (batch_size, *VOLUME_SIZE), dtype=np.int16)
     mask = np.zeros((batch_size, *VOLUME_SIZE), np.uint8)
@@ -75,7 +84,7 @@ def make_batch(num_organs: int, batch_size: int = 2, seed: int = 0) -> Batch:
             mask[patient][box] = organ + 1
     token_ids = []
     for _ in range(num_organs):
-        lengths = np.clip(generator.lognormal(np.log(MEAN_TOKENS) - 0.18, 0.6, batch_size), SHORTEST, LONGEST)
+        lengths = np.clip(generator.lognormal(np.log(mean_tokens) - 0.18, 0.6, batch_size), SHORTEST, longest)
         token_ids.append([generator.integers(1000, VOCABULARY, int(length)).tolist() for length in lengths])
     is_abnormal = generator.random((batch_size, num_organs)) < ABNORMAL_SHARE
     is_abnormal[0, : max(1, num_organs // 4)] = True  # a quarter of the organs enters the loss for certain
