@@ -217,6 +217,9 @@ def set_attention(model: PreTrainedModel, name: str, dtype: str) -> None:
         model.set_attn_implementation(name)
     except Exception as error:  # ImportError, ValueError, and whatever a package that is half there raises
         raise EvaluationError(f"--attn_implementation {name}: {error}") from error
+    for tower in (model.vision_model, model.text_model):  # some only warn
+        if tower.config._attn_implementation != name:
+            raise EvaluationError(f"--attn_implementation {name}: {type(tower).__name__} does not know it.")
 
 
 def gemm_backend_of(args: argparse.Namespace, model: PreTrainedModel) -> tuple[str | None, str | None]:
@@ -226,7 +229,9 @@ def gemm_backend_of(args: argparse.Namespace, model: PreTrainedModel) -> tuple[s
         EvaluationError: If the backend asked for is not there.
     """
     if model.device.type != "cpu" or args.dtype != "float32":
-        return None, None
+        if args.gemm_backend == "auto":
+            return None, None
+        return None, f"WARNING: --gemm_backend has no effect in {args.dtype} on {model.device.type}."
     name = None if args.gemm_backend == "auto" else args.gemm_backend
     try:
         return pick_gemm_backend(name, sum(parameter.numel() for parameter in model.parameters()))
@@ -343,7 +348,10 @@ def run(args: argparse.Namespace) -> dict:
         "dtype": args.dtype,
         "gemm_backend": backend,
         "gemm_check": gemm_check,
-        "attention": args.attn_implementation,
+        "attention": {
+            "image": model.vision_model.config._attn_implementation,
+            "text": model.text_model.config._attn_implementation,
+        },
         "batch_size": args.batch_size,
         "versions": library_versions(),
     }

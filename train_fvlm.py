@@ -41,7 +41,7 @@ from modeling_fvlm import FVLMConfig
 from modeling_fvlm.gemm import BLAS, gemm_backend, pick_gemm_backend
 from modeling_fvlm.pipeline_fvlm import save_for_hub
 from training_fvlm.arguments import Settings, SettingsError, parse_settings
-from training_fvlm.build import build_model, centre_projections
+from training_fvlm.build import build_model, centre_projections, set_attention
 from training_fvlm.callbacks import CurveCallback
 from training_fvlm.collator import FVLMCollator
 from training_fvlm.curves import draw_if_logged
@@ -115,7 +115,6 @@ def train(settings: Settings) -> None:
         window_volumes=data.window_volumes,
         tokenizer=tokenizer,
         start=start,
-        attn_implementation=args.attn_implementation,
     )
     crop = {"tokenizer": processor.tokenizer, "config": model.config, "seed": args.seed}
     if resumed:
@@ -123,6 +122,8 @@ def train(settings: Settings) -> None:
     elif data.centring_rows:
         # Every process reads the same rows with the same weights, and comes to the same start.
         centre_projections(model, FVLMCollator(is_random=False, **crop), train_dataset, data.centring_rows)
+    # After the centring, which runs in float32 where the model was built: flash attention could not.
+    set_attention(model, args.attn_implementation)
 
     # Trainer
     flips = {"flip_axes": data.flip_axes, "flip_probability": data.flip_probability}
@@ -215,9 +216,15 @@ def zero_shot_evaluation(
     except EvaluationError as error:
         raise SettingsError(f"--eval_tasks: {error}") from error
 
+    args = settings.training
+    # float32 as the weights are, but for flash attention, which has none.
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.computed_precision)
+    dtype = half if args.attn_implementation.startswith("flash") else None
+
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
         try:
-            frame = evaluate_split(model, processor, scans, tasks, batch_size=settings.training.eval_batch_size).frame
+            scores = evaluate_split(model, processor, scans, tasks, batch_size=args.eval_batch_size, dtype=dtype)
+            frame = scores.frame
         except EvaluationError as error:
             raise SettingsError(f"--eval_tasks: {error}") from error
         scores = {task.name: summarize(frame[frame["task"] == task.name])["macro_auc"] for task in tasks}
@@ -240,7 +247,9 @@ def gemm_backend_of_run(trainer: FVLMTrainer) -> str | None:
             where = f"{args.computed_precision} on {args.device.type}"
             logger.warning("--gemm_backend %s has no effect in %s.", args.gemm_backend, where)
         return None
-    recorded = recorded_run(args.resume_from_checkpoint).get("gemm_backend") if args.resume_from_checkpoint else None
+    recorded = None
+    if args.resume_from_checkpoint and (run := recorded_run(args.resume_from_checkpoint)):
+        recorded = run.get("gemm_backend", BLAS)  # a run.json from before there was a choice does not name it
     name = recorded if args.gemm_backend == "auto" else args.gemm_backend
     if recorded not in (None, name):
         logger.warning(

@@ -12,8 +12,9 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from modeling_fvlm.gemm import onednn_is_available, onednn_matmul
 
 console = Console(width=max(Console().width, 110))
 
@@ -93,6 +96,7 @@ class Result:
             "distance": self.distance,
             "note": self.note,
             "machine": machine(),
+            "date": date.today().isoformat(),
             **self.extra,
         }
 
@@ -151,8 +155,10 @@ class Peak:
         return flop / self.flop_per_cpu_s
 
 
-def measure_peak(multiply: Iterable[Callable[[Tensor, Tensor], Tensor]] = (torch.mm,), edge: int = 2048) -> Peak:
-    """Best of eight products of `edge` x `edge` matrices, by the fastest of the given functions."""
+def measure_peak(edge: int = 2048, multiply: Sequence[Callable[[Tensor, Tensor], Tensor]] | None = None) -> Peak:
+    """Best of eight products of `edge` x `edge` matrices, by the fastest of the given functions (the GEMM backends)."""
+    if multiply is None:
+        multiply = (torch.mm, onednn_matmul) if onednn_is_available() else (torch.mm,)
     one, other = torch.randn(2, edge, edge, generator=torch.Generator().manual_seed(0))
     best = float("inf")
     for function in multiply:
@@ -167,11 +173,18 @@ def relative_difference(ours: Iterable[Tensor], baseline: Iterable[Tensor]) -> f
     """Largest |ours - baseline| of all pairs, each over the largest |baseline| of its pair.
 
     Pairs whose baseline is zero in theory (attention key biases and the like) would divide noise by noise: where the
-    baseline stays below 1e-7, the difference itself counts.
+    baseline stays below 1e-7, the difference itself counts. What is not finite is infinitely far.
     """
+    pairs = list(zip(ours, baseline, strict=True))
+    if not pairs:
+        raise ValueError("there is nothing to compare.")
     worst = 0.0
-    for one, other in zip(ours, baseline, strict=True):
+    for one, other in pairs:
+        if one.shape != other.shape:
+            raise ValueError(f"results of different shapes cannot be compared: {one.shape}, {other.shape}.")
         one, other = one.detach().double(), other.detach().double()
+        if not (one.isfinite().all() and other.isfinite().all()):
+            return float("inf")
         difference, scale = float((one - other).abs().max()), float(other.abs().max())
         worst = max(worst, difference / scale if scale > 1e-7 else difference)
     return worst

@@ -6,6 +6,7 @@ and pooled organ by organ, and the pooling attention runs once per organ and pat
 the weights of an `FVLMModel`, so that results and gradients can be compared parameter by parameter.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -38,9 +39,10 @@ def organ_flags(mask: Tensor, num_organs: int, patch_size: Sequence[int]) -> tup
 def pooling_attention(model: FVLMModel) -> nn.MultiheadAttention:
     """The model's pooling weights in the module that the published code calls; parameters are shared, not copied."""
     pooling = model.organ_pooling
-    attention = nn.MultiheadAttention(
-        pooling.query_tokens.shape[1], pooling.num_heads, dropout=pooling.dropout, batch_first=True
-    )
+    with torch.device("meta"):  # its own weights are never drawn: that would be time of no published step
+        attention = nn.MultiheadAttention(
+            pooling.query_tokens.shape[1], pooling.num_heads, dropout=pooling.dropout, batch_first=True
+        )
     attention.in_proj_weight, attention.in_proj_bias = pooling.in_proj_weight, pooling.in_proj_bias
     attention.out_proj.weight, attention.out_proj.bias = pooling.out_proj.weight, pooling.out_proj.bias
     return attention.train(model.training)
@@ -120,3 +122,8 @@ def plain_dropout(model: FVLMModel) -> FVLMModel:
         if isinstance(module, nn.Dropout):
             model.set_submodule(name, nn.Dropout(module.p))
     return model
+
+
+def twin(model: FVLMModel) -> FVLMModel:
+    """Another model on the same parameters: a second set would not leave room for the baseline's activations."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})

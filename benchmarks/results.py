@@ -4,14 +4,13 @@
     python -m benchmarks.results runs/bench/*.json --into my_results.md
 
 Only the part between `<!-- figures -->` and `<!-- /figures -->` is replaced; the words around it are the author's. A
-file without the marks, or none, becomes the table alone.
+file that is not there is made of the marks and the table.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Iterable
-from datetime import date
 from pathlib import Path
 
 START, STOP = "<!-- figures -->", "<!-- /figures -->"
@@ -21,8 +20,8 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 def figures(results: Iterable[dict]) -> str:
     """Markdown: machines, a table of all results, their notes."""
     results = list(results)
-    machines = dict.fromkeys(result["machine"] for result in results)
-    lines = [f"{machine}; {date.today().isoformat()}." for machine in machines]
+    machines = dict.fromkeys((result["machine"], result["date"]) for result in results)
+    lines = [f"{machine}; {day}." for machine, day in machines]
     lines += ["", "| name | baseline | ours | ratio | difference | bound | ours / bound |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     notes: dict[str, list[str]] = {}
@@ -44,9 +43,7 @@ def figures(results: Iterable[dict]) -> str:
 
 
 def put_between_marks(text: str, content: str) -> str:
-    """The text with `content` between its marks; without marks the content alone."""
-    if START not in text or STOP not in text:
-        return content
+    """The text with `content` between its marks."""
     before, rest = text.split(START, 1)
     return f"{before}{START}\n{content}{STOP}{rest.split(STOP, 1)[1]}"
 
@@ -63,7 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             print(f"error: {path} cannot be read: {error}", file=sys.stderr)
             return 2
-    old = options.into.read_text(encoding="utf-8") if options.into.is_file() else ""
+    old = options.into.read_text(encoding="utf-8") if options.into.is_file() else f"{START}\n{STOP}\n"
+    if START not in old or STOP not in old:
+        print(f"error: {options.into} has no marks {START} and {STOP}: nothing is written.", file=sys.stderr)
+        return 2
     options.into.write_text(put_between_marks(old, figures(results)), encoding="utf-8")
     print(f"{len(results)} results written into {options.into}")
     return 0

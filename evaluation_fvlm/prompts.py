@@ -5,9 +5,10 @@
 (3) What is not found is embedded, checked to be finite, and stored.
 
 The key is a 128-bit hash (xxh3) of the bytes of the text tower's weights, of the token ids and their masks, and of
-dtype, device kind, text config and library versions. Tokenizer, sentences and maximum length enter through the ids,
-which are all that the tower sees of them. So weights that were trained on make another key, and a stale hit needs two
-contents of one hash. Hashing a BERT-base (440 MB) took 0.03 s of CPU time where embedding 32 prompts took 1.7 s.
+dtype, device kind, GEMM backend, precision settings, text config and library versions. Tokenizer, sentences and maximum
+length enter through the ids, which are all that the tower sees of them. So weights that were trained on make another
+key. Adapters (peft) are switched without a change of weights: a model that carries them is not cached. Hashing a
+BERT-base (440 MB) took 0.03 s of CPU time where embedding 32 prompts took 1.7 s.
 
 On a GPU the weights would have to come back to the host for that, while the embedding takes a moment: the command
 uses a cache there only where one is asked for.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation_fvlm.embedding import inference
 from evaluation_fvlm.errors import EvaluationError
+from modeling_fvlm.gemm import active_gemm_backend
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,9 @@ def embed_prompts(
         )
         for start in range(0, len(by_length), batch_size)
     ]
+    if cache is not None and has_adapters(model):
+        logger.warning("prompt embeddings are not kept: adapters switch on and off without a change of any weight.")
+        cache = None
     path = None if cache is None else Path(cache) / f"{cache_key(model, batches, dtype)}.safetensors"  # (2)
     embeds = None if path is None else read_cached(path, (len(by_length), model.config.projection_dim))
     if embeds is not None:
@@ -111,6 +116,12 @@ def embed_prompts(
     return PromptEmbeddings(dict(zip(by_length, embeds)), are_cached=False)
 
 
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether the text tower carries adapters (peft), whose state no weight tells."""
+    modules = [*model.text_model.modules(), *model.text_projection.modules()]
+    return any(hasattr(module, "active_adapters") and hasattr(module, "base_layer") for module in modules)
+
+
 def cache_key(model: PreTrainedModel, batches: Sequence[BatchEncoding], dtype: torch.dtype | None) -> str:
     """Name of what `model` says of these batches: 32 hexadecimal digits."""
     text_config = {key: value for key, value in model.config.text_config.to_dict().items() if key != "_name_or_path"}
@@ -123,6 +134,14 @@ def cache_key(model: PreTrainedModel, batches: Sequence[BatchEncoding], dtype: t
         "text_pooling": model.config.text_pooling,
         "text_token_types": model.config.text_token_types,
         "libraries": [torch.__version__, transformers.__version__],
+        "gemm": active_gemm_backend(),
+        # What lets float32 be computed in less: a run that was warned of it must not serve one that is clean.
+        "precision": [
+            torch.get_float32_matmul_precision(),
+            torch.backends.mkldnn.fp32_precision,
+            os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", ""),
+            torch.backends.cuda.matmul.allow_tf32,
+        ],
         "batches": [[tokens["input_ids"].tolist(), tokens["attention_mask"].tolist()] for tokens in batches],
     }
     digest = xxhash.xxh3_128(json.dumps(made_by, sort_keys=True, default=str).encode())
@@ -135,15 +154,16 @@ def cache_key(model: PreTrainedModel, batches: Sequence[BatchEncoding], dtype: t
 
 def read_cached(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """The embeddings of a file, or None if there is none, or none that is whole."""
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         with safe_open(path, framework="numpy") as file:
             embeds, content = file.get_tensor(TENSOR), (file.metadata() or {}).get("content")
     except (OSError, SafetensorError) as error:
         logger.warning("prompt embeddings %s cannot be read (%s): computed anew.", path, error)
         return None
-    if embeds.shape != shape or embeds.dtype != np.float32 or content != _digest(embeds):
+    is_whole = embeds.shape == shape and embeds.dtype == np.float32 and content == _digest(embeds)
+    if not is_whole or not np.isfinite(embeds).all():
         logger.warning("prompt embeddings %s are damaged: computed anew.", path)
         return None
     return embeds
@@ -154,8 +174,8 @@ def write_cached(path: Path, embeds: np.ndarray) -> None:
     unfinished = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            unfinished = Path(file.name)
+        # Not a temporary file of the library's, which nobody else may read: a cache may be shared.
+        unfinished = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.part")
         save_file({TENSOR: embeds}, unfinished, metadata={"content": _digest(embeds)})
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:

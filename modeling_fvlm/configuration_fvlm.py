@@ -29,7 +29,9 @@ class FVLMVisionConfig(PreTrainedConfig):
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act: As in any ViT.
         layer_norm_eps: Epsilon of every layer norm (the published model: 1e-5; MAE's own ViT: 1e-6).
         hidden_dropout: Dropout after the embeddings, the attention output and both layers of the MLP.
-        attention_dropout: Dropout on attention probabilities. Above 0 no fused attention kernel runs on CPU.
+        attention_dropout: Dropout on attention probabilities (published: 0.1). At 0 a CPU runs PyTorch's fused kernel,
+            above 0 our own, slower one (dropout.py); the fused kernels of GPUs know dropout. 0 regularises a little
+            less, and a run's numbers differ from the published setting.
         feature_levels: Blocks (index from 0) whose raw output the organ pooling reads beside the normed last output.
         token_selection: "all" sends every patch through the tower (published). "organs" sends only patches that
             hold a voxel of some organ: several times less work, but no token sees the background.

@@ -36,7 +36,7 @@ class KeptElements:
     def __init__(self, seed: int, rate: float, most: int):
         self.generator = torch.Generator().manual_seed(seed)
         self.threshold = round(rounded_rate(rate) * LEVELS) - LEVELS // 2
-        self.words = torch.empty(-(-most // 4), dtype=torch.int64)
+        self.words = torch.empty(-(-most // 4), dtype=torch.int64, device="cpu")
 
     def draw(self, out: Tensor) -> Tensor:
         """Fill a contiguous tensor of at most `most` elements."""
@@ -47,7 +47,7 @@ class KeptElements:
 
 def new_seed() -> int:
     """A seed drawn from PyTorch's default generator."""
-    return int(torch.randint(2**62, ()))
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def _drop(values: Tensor, seed: int, rate: float) -> Tensor:
@@ -74,7 +74,8 @@ class _SeededDropout(torch.autograd.Function):
 
 def runs_here(values: Tensor) -> bool:
     """Whether the functions of this file take a tensor; PyTorch's own take all others."""
-    return values.device.type == "cpu" and values.is_floating_point() and not torch.compiler.is_compiling()
+    is_plain = type(values) in (Tensor, nn.Parameter) and values.device.type == "cpu" and values.is_floating_point()
+    return is_plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 class Dropout(nn.Dropout):
@@ -113,7 +114,7 @@ class _HeadProbabilities:
     def __init__(self, query: Tensor, key: Tensor, key_is_real: Tensor | None, seed: int, rate: float):
         batch, self.num_heads, num_queries, _ = query.shape
         num_logits = num_queries * key.shape[2]
-        heads_at_once = max(1, min(batch * self.num_heads, LOGITS_AT_ONCE // num_logits))
+        heads_at_once = max(1, min(batch * self.num_heads, LOGITS_AT_ONCE // max(num_logits, 1)))
         starts = range(0, batch * self.num_heads, heads_at_once)
         self.chunks = [slice(start, min(start + heads_at_once, batch * self.num_heads)) for start in starts]
         self.buffers = query.new_empty(4, heads_at_once, num_queries, key.shape[2])
@@ -129,7 +130,7 @@ class _HeadProbabilities:
         logits, probabilities, kept = (buffer[: chunk.stop - chunk.start] for buffer in self.buffers[:3])
         torch.bmm(query[chunk], key[chunk].transpose(1, 2), out=logits)
         if self.hidden_keys is not None:
-            sample = torch.arange(chunk.start, chunk.stop) // self.num_heads
+            sample = torch.arange(chunk.start, chunk.stop, device="cpu") // self.num_heads
             logits.masked_fill_(self.hidden_keys[sample][:, None], torch.finfo(logits.dtype).min)
         torch.softmax(logits, -1, out=probabilities)
         return probabilities, self.kept.draw(kept), logits

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 BLAS, ONEDNN = "blas", "onednn"
@@ -27,6 +28,10 @@ MIN_GAIN = 1.1
 MIN_PARAMETERS_TO_MEASURE = 20_000_000
 # Products of this size are checked in milliseconds, where a backend is named and its speed does not matter.
 QUICK_CHECK = {"rows": 128, "inner": 768, "columns": 256, "repeats": 1}
+
+
+class LowPrecisionError(RuntimeError):
+    """Not even PyTorch's own way computes in float32."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ def onednn_matmul(one: Tensor, other: Tensor) -> Tensor:
 class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
+        # What no gradient needs is not kept: the inputs of frozen layers are most of an adapted model's activations.
+        ctx.save_for_backward(inputs if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        ctx.inputs_shape = inputs.shape
         return torch.ops.mkldnn._linear_pointwise(inputs.contiguous(), weight.contiguous(), bias, "none", [], "")
 
     @staticmethod
@@ -81,7 +88,7 @@ class _OneDNNLinear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         inputs_grad = weight_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            inputs_grad = onednn_matmul(rows, weight.T).view(inputs.shape)
+            inputs_grad = onednn_matmul(rows, weight.T).view(ctx.inputs_shape)
         if ctx.needs_input_grad[1]:
             weight_grad = onednn_matmul(rows.T, inputs.flatten(0, -2).T)
         if ctx.needs_input_grad[2]:
@@ -90,8 +97,22 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def _is_plain_float32(tensors: tuple) -> bool:
-    is_plain = all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
-    return is_plain and tensors[0].ndim > 1 and tensors[0].numel() > 0 and not torch.is_autocast_enabled("cpu")
+    given = [tensor for tensor in tensors if tensor is not None]
+    is_plain = all(
+        type(tensor) in (Tensor, Parameter) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+        for tensor in given
+    )
+    has_rows = given[0].ndim > 1 and given[1].ndim == 2 and given[0].numel() > 0
+    return is_plain and has_rows and not torch.is_autocast_enabled("cpu")
+
+
+_blas_linear = F.linear
+
+
+def _onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if _is_plain_float32((inputs, weight, bias)):
+        return _OneDNNLinear.apply(inputs, weight, bias)
+    return _blas_linear(inputs, weight, bias)
 
 
 @contextmanager
@@ -104,24 +125,23 @@ def gemm_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: If there is no such backend here.
     """
-    if name == BLAS:
-        yield
-    elif name == ONEDNN and onednn_is_available():
-        plain = F.linear
-
-        def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            if _is_plain_float32((inputs, weight, bias)):
-                return _OneDNNLinear.apply(inputs, weight, bias)
-            return plain(inputs, weight, bias)
-
-        F.linear = linear
-        try:
-            yield
-        finally:
-            F.linear = plain
-    else:
+    if name not in BACKENDS or (name == ONEDNN and not onednn_is_available()):
         available = [BLAS, *([ONEDNN] if onednn_is_available() else [])]
         raise ValueError(f"GEMM backend {name!r} is not among those of this PyTorch: {available}.")
+    before = F.linear
+    if name == ONEDNN:
+        F.linear = _onednn_linear
+    elif before is _onednn_linear:
+        F.linear = _blas_linear
+    try:
+        yield
+    finally:
+        F.linear = before
+
+
+def active_gemm_backend() -> str:
+    """The backend of the innermost `gemm_backend` in force."""
+    return ONEDNN if F.linear is _onednn_linear else BLAS
 
 
 def pick_gemm_backend(name: str | None, num_parameters: int) -> tuple[str, str | None]:
@@ -143,7 +163,7 @@ def pick_gemm_backend(name: str | None, num_parameters: int) -> tuple[str, str |
         pass
     try:
         choice = choose_gemm_backend(**({} if name is None else QUICK_CHECK))
-    except RuntimeError as error:
+    except LowPrecisionError as error:
         return name or BLAS, f"WARNING: {error}"
     if name is None:
         return choice.name, choice.describe()
@@ -159,12 +179,18 @@ def choose_gemm_backend(rows: int = 1024, inner: int = 768, columns: int = 3072,
     """Time and check a linear layer `(rows, inner) -> (rows, columns)` by every backend; takes a second or two.
 
     Raises:
-        RuntimeError: If not even PyTorch's own way computes in float32: some setting allows less.
+        LowPrecisionError: If not even PyTorch's own way computes in float32: some setting allows less.
     """
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(rows, inner, generator=generator).requires_grad_()
-    weight = torch.randn(columns, inner, generator=generator).requires_grad_()
-    gradient = torch.randn(rows, columns, generator=generator)
+    # Whatever mode the caller is in: gradients are part of the check, and float32 is what is checked.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        return _choose(rows, inner, columns, repeats)
+
+
+def _choose(rows: int, inner: int, columns: int, repeats: int) -> GemmChoice:
+    draw = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32, "device": "cpu"}
+    inputs = torch.randn(rows, inner, **draw).requires_grad_()
+    weight = torch.randn(columns, inner, **draw).requires_grad_()
+    gradient = torch.randn(rows, columns, **draw)
 
     def run() -> tuple[Tensor, Tensor, Tensor]:
         product = F.linear(inputs, weight)
@@ -184,7 +210,7 @@ def choose_gemm_backend(rows: int = 1024, inner: int = 768, columns: int = 3072,
     operations = 3 * 2 * rows * inner * columns / 1e9
     checks = {name: GemmCheck(operations / statistics.median(seconds[name]), errors[name]) for name in names}
     if checks[BLAS].error > 1:
-        raise RuntimeError(
+        raise LowPrecisionError(
             f"float32 matrix products on this CPU have errors {checks[BLAS].error:.0f} times what float32 gives: some "
             "setting lowers the precision. Undo torch.set_float32_matmul_precision or torch.backends.mkldnn."
         )

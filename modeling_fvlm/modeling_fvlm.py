@@ -326,8 +326,11 @@ class FVLMModel(FVLMPreTrainedModel):
                 "input_ids holds no text; a batch without captions carries one empty text (encode_captions)."
             )
         is_real = real_tokens(attention_mask)
-        implementation = self.text_model.config._attn_implementation
-        if self.config.text_config.model_type in PACKABLE_MODELS and implementation in ("sdpa", "eager"):
+        text_config, implementation = self.config.text_config, self.text_model.config._attn_implementation
+        is_packable = text_config.model_type in PACKABLE_MODELS and not getattr(text_config, "is_decoder", False)
+        if torch.compiler.is_compiling():  # a graph cannot hang on the lengths
+            pooled = self.pool_text(input_ids, is_real.long())
+        elif is_packable and implementation in ("sdpa", "eager"):
             pooled = self.pool_packed_texts(PackedTexts(input_ids, is_real), is_additive=implementation == "eager")
         else:
             pooled = self.pool_bucketed_texts(input_ids, is_real)

@@ -82,10 +82,9 @@ class _AttendToLevels(torch.autograd.Function):
             grad += grad_attended
         # The gradients of the logits and the weights stand side by side, as the tokens' gradient wants them. A token
         # outside an organ has probability 0, and 0 comes out for it.
-        both = probabilities.new_empty(batch, 2, *probabilities.shape[1:])
-        grad *= probabilities
-        torch.addcmul(grad, probabilities, grad.sum(-1, keepdim=True), value=-1, out=both[:, 0])
-        torch.mul(probabilities, 1 if keep is None else keep, out=both[:, 1])
+        grad = grad * probabilities
+        grad = torch.addcmul(grad, probabilities, grad.sum(-1, keepdim=True), value=-1)
+        both = torch.stack([grad, probabilities if keep is None else probabilities * keep], dim=1)
         both = both.to(queries.dtype)
 
         grad_queries, grad_levels = None, [None] * len(levels)

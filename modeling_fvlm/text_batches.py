@@ -30,7 +30,7 @@ def real_tokens(attention_mask: Tensor) -> Tensor:
 
 
 def pack_rows(lengths: list[int], row_length: int) -> tuple[list[int], int]:
-    """Place texts in rows, the longest first, each in the first row with room.
+    """Place texts in rows, the longest first, each in the row that it fills best.
 
     Args:
         lengths: Tokens of every text, none above `row_length`.
@@ -38,19 +38,20 @@ def pack_rows(lengths: list[int], row_length: int) -> tuple[list[int], int]:
     Returns:
         Start of every text in the flattened rows, and the number of rows.
     """
-    used: list[int] = []
     starts = [0] * len(lengths)
-    first_with_room = 0
+    num_rows = 0
+    rows_with_room: list[list[int]] = [[] for _ in range(row_length + 1)]  # by free tokens
     for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
         length = lengths[text]
-        row = next((row for row in range(first_with_room, len(used)) if used[row] + length <= row_length), len(used))
-        if row == len(used):
-            used.append(0)
-        starts[text] = row * row_length + used[row]
-        used[row] += length
-        while first_with_room < len(used) and used[first_with_room] == row_length:
-            first_with_room += 1
-    return starts, len(used)
+        room = next((room for room in range(length, row_length + 1) if rows_with_room[room]), None)
+        if room is None:
+            room, row = row_length, num_rows
+            num_rows += 1
+        else:
+            row = rows_with_room[room].pop()
+        starts[text] = row * row_length + row_length - room
+        rows_with_room[room - length].append(row)
+    return starts, num_rows
 
 
 def best_row_length(lengths: list[int]) -> int:
@@ -109,9 +110,9 @@ class PackedTexts:
 
     def means(self, hidden_states: Tensor) -> Tensor:
         """The mean over every text's tokens, `(texts, hidden)`."""
-        tokens = hidden_states.flatten(0, 1).index_select(0, self.places)
+        tokens = hidden_states.flatten(0, 1).index_select(0, self.places).float()
         sums = tokens.new_zeros(len(self.lengths), tokens.shape[1]).index_add(0, self.text, tokens)
-        return sums / self.lengths[:, None].to(sums.dtype)
+        return (sums / self.lengths[:, None]).to(hidden_states.dtype)
 
 
 def bucket_cost(device: torch.device) -> int:

@@ -371,8 +371,11 @@ class FVLMVisionModel(PreTrainedModel):
     def may_ask_for_few(self, organ_token_mask: Tensor | None, output_hidden_states: bool) -> bool:
         """Whether the last block may compute the organs' tokens alone.
 
-        On the CPU only: on a GPU the host would have to wait for the number of tokens, step by step.
+        On the CPU only: on a GPU the host would have to wait for the number of tokens, step by step. Not in a graph,
+        which cannot hang on that number.
         """
+        if torch.compiler.is_compiling():
+            return False
         is_read_whole = output_hidden_states or len(self.blocks) - 1 in self.config.feature_levels
         return organ_token_mask is not None and organ_token_mask.device.type == "cpu" and not is_read_whole
 

@@ -20,11 +20,13 @@ RULE = WindowRule((4, 12, 32), (2, 4, 8))
 def test_the_baseline_embeds_alike_by_materialised_attention():
     model, used = tiny_model(), set()
     torch.nn.init.normal_(model.organ_pooling.query_tokens, std=0.5)
+    tokens = []
     for block in model.vision_model.blocks:
         block.register_forward_hook(lambda *_: used.add(model.vision_model.config._attn_implementation))
+        block.mlp.register_forward_hook(lambda module, args, output: tokens.append(output.shape[1]))
     ours = embed_split(model, tiny_dataset())
     assert used == {"sdpa"}
-    used.clear()
+    used.clear(), tokens.clear()
     for scan, row in enumerate(tiny_rows()):
         volume, mask = decode_volume(row)
         for organ_index, box in enumerate(organ_boxes(mask, 3)):
@@ -32,6 +34,8 @@ def test_the_baseline_embeds_alike_by_materialised_attention():
                 window = window_of_organ(box, mask.shape, RULE)
                 embeds = evaluate.embed_organ(model, volume, mask, organ_index, window)
                 np.testing.assert_allclose(embeds, ours.image_embeds[scan, organ_index], atol=2e-6)
+    blocks = len(model.vision_model.blocks)
+    assert all(tokens[::blocks] == tokens[n::blocks] for n in range(blocks)), "every token, in every block"
     assert used == {"eager"} and np.std(ours.image_embeds[ours.is_present], axis=0).min() > 0.01
 
 
@@ -97,7 +101,7 @@ def test_scans_are_bodies_cut_to_their_organs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(evaluate, "COVERAGES", ["chest"])
     monkeypatch.setattr(evaluate, "SURVEYED", 1)
     monkeypatch.setattr(evaluate, "phantom_scan", lambda *given: (volume[:, ::4, ::4], mask[:, ::4, ::4]))
-    monkeypatch.setattr(evaluate, "measure_peak", lambda multiply: Peak(1e12))
+    monkeypatch.setattr(evaluate, "measure_peak", lambda: Peak(1e12))
     seen = {}
 
     def compare(model, dataset, rule, name, *_):

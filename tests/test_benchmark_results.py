@@ -34,6 +34,10 @@ def test_a_new_file_is_the_table_alone_and_a_broken_one_is_named(tmp_path, capsy
     found = [Result("text/4", Times(3.0, 9.0), Times(2.0, 3.0), None)]
     assert results.main([written(tmp_path, found), "--into", str(into)]) == 0
     assert "`text/4`" in into.read_text()
+    bare = tmp_path / "README.md"
+    bare.write_text("mine")
+    assert results.main([written(tmp_path, found), "--into", str(bare)]) == 2 and bare.read_text() == "mine"
+    assert "has no marks" in capsys.readouterr().err
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     assert results.main([str(broken), "--into", str(into)]) == 2

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -93,6 +94,10 @@ def test_results_are_written_as_a_list_of_objects(tmp_path):
 def test_differences_are_relative_to_the_baseline():
     one, other = torch.tensor([1.0, -20.0]), torch.tensor([1.0, -10.0])
     assert measure.relative_difference([one], [other]) == 1.0
+    assert measure.relative_difference([torch.tensor([float("nan"), 1])], [torch.tensor([1.0, 1])]) == float("inf")
+    for ours, baseline in (([], []), ([torch.ones(2)], [torch.ones(1)])):
+        with pytest.raises(ValueError, match="compare"):
+            measure.relative_difference(ours, baseline)
     assert measure.relative_difference([torch.tensor([3e-9])], [torch.tensor([1e-9])]) < 1e-8, "noise is not divided"
 
 

@@ -145,7 +145,8 @@ def test_the_backend_of_linear_layers_is_measured_and_named(workplace, tmp_path,
 
     monkeypatch.setattr(gemm, "choose_gemm_backend", lambda **sizes: pytest.fail("measured"))
     protocol = run("small")
-    assert (protocol["gemm_backend"], protocol["gemm_check"], protocol["attention"]) == (BLAS, None, "sdpa")
+    assert (protocol["gemm_backend"], protocol["gemm_check"]) == (BLAS, None)
+    assert protocol["attention"] == {"image": "sdpa", "text": "sdpa"}
     assert run("half", "--dtype", "bfloat16")["gemm_backend"] is None and not sent
 
     choice = GemmChoice(ONEDNN, {BLAS: GemmCheck(50.0, 0.1), ONEDNN: GemmCheck(100.0, 0.1)})
@@ -154,7 +155,11 @@ def test_the_backend_of_linear_layers_is_measured_and_named(workplace, tmp_path,
     capsys.readouterr()
     protocol = run("large", "--attn_implementation", "eager")
     assert (protocol["gemm_backend"], protocol["gemm_check"]) == (ONEDNN, choice.describe())
-    assert protocol["attention"] == "eager" and sent and choice.describe() in capsys.readouterr().err
+    assert (
+        protocol["attention"] == {"image": "eager", "text": "eager"}
+        and sent
+        and choice.describe() in capsys.readouterr().err
+    )
     scores = [pd.read_csv(tmp_path / name / "scores.csv")["score"] for name in ("small", "large")]
     np.testing.assert_allclose(*scores, rtol=1e-5)
 
@@ -165,7 +170,7 @@ def test_the_backend_of_linear_layers_is_measured_and_named(workplace, tmp_path,
     assert protocol["gemm_backend"] == ONEDNN and "WARNING: GEMM backend onednn rounds 30" in protocol["gemm_check"]
 
     def lowered(**sizes):
-        raise RuntimeError("undo torch.set_float32_matmul_precision")
+        raise gemm.LowPrecisionError("undo torch.set_float32_matmul_precision")
 
     monkeypatch.setattr(gemm, "choose_gemm_backend", lowered)
     assert run("lowered")["gemm_backend"] == BLAS

@@ -104,8 +104,40 @@ def test_products_of_rounded_inputs_are_found_out(monkeypatch, kept_bits):
 
     linear = F.linear
     monkeypatch.setattr(gemm.F, "linear", lambda x, weight: linear(rounded(x), rounded(weight)))
-    with pytest.raises(RuntimeError, match="lowers the precision"):
+    with pytest.raises(gemm.LowPrecisionError, match="lowers the precision"):
         choose_gemm_backend()
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", [BLAS, ONEDNN])
+def test_a_frozen_layer_keeps_no_activations(name):
+    layer, kept = nn.Linear(6, 5).requires_grad_(False), []
+    inputs = torch.randn(7, 6, requires_grad=True)
+    with gemm_backend(name), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        output = layer(inputs)
+    assert inputs.shape not in kept
+    torch.testing.assert_close(torch.autograd.grad(output.sum(), inputs)[0], layer.weight.sum(0).expand(7, 6))
+
+
+def test_the_check_minds_no_mode_of_its_caller():
+    with torch.no_grad():
+        assert gemm.pick_gemm_backend(BLAS, 1) == (BLAS, None)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert gemm.pick_gemm_backend(BLAS, 1) == (BLAS, None)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@needs_onednn
+def test_backends_nest():
+    plain = F.linear
+    with gemm_backend(ONEDNN):
+        assert gemm.active_gemm_backend() == ONEDNN
+        with gemm_backend(BLAS):
+            assert F.linear is plain and gemm.active_gemm_backend() == BLAS
+        assert gemm.active_gemm_backend() == ONEDNN
+    assert F.linear is plain
 
 
 def test_an_unknown_backend_is_refused():

@@ -246,6 +246,34 @@ def test_packing_buckets_and_padding_do_not_change_a_caption(monkeypatch, text_p
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_graphs_are_captured_whole(batch):
+    """Where a graph is exported nothing may hang on lengths and numbers of tokens, and the numbers stay the same."""
+    model = make_model().eval()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+
+    class Text(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask):
+            return self.model.get_text_features(input_ids, attention_mask)
+
+    with torch.no_grad():
+        exported = torch.export.export(Text(), (ids, mask), strict=False).module()
+        torch.testing.assert_close(exported(ids, mask), model.get_text_features(ids, mask), rtol=0, atol=1e-5)
+
+
+def test_every_dropout_is_ours_and_a_decoder_is_not_packed():
+    model = make_model(dropout=0.1)
+    assert not [name for name, module in model.named_modules() if type(module) is torch.nn.Dropout]
+    causal = make_config().text_config.to_dict() | {"is_decoder": True}
+    decoder = make_model(text_config=causal).eval()
+    ids = torch.tensor([[7, 8, 9], [5, 6, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    torch.testing.assert_close(decoder.get_text_features(ids, mask)[1:], decoder.get_text_features(ids[1:, :2]))
+
+
 def test_a_text_without_tokens_is_read_as_its_first_and_harms_nobody():
     model = make_model().eval()
     input_ids = torch.tensor([[7, 8, 9], [5, 0, 0], [6, 7, 0]])

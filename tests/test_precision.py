@@ -107,7 +107,7 @@ def test_small_models_and_bf16_measure_nothing(work, tmp_path, measured, caplog)
 
 def test_what_lowers_precision_is_told_and_no_crash(monkeypatch):
     def lowered(**sizes):
-        raise RuntimeError("errors 30 times: undo torch.set_float32_matmul_precision")
+        raise gemm.LowPrecisionError("errors 30 times: undo torch.set_float32_matmul_precision")
 
     monkeypatch.setattr(gemm, "choose_gemm_backend", lowered)
     name, line = gemm.pick_gemm_backend(None, 10**8)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from modeling_fvlm import FVLMVisionConfig, FVLMVisionModel
+from modeling_fvlm import FVLMVisionConfig, FVLMVisionModel, vision
 from modeling_fvlm.vision import all_patches, chosen_patches, select_tokens, token_grid, window_patches
 
 WINDOWS = [
@@ -276,3 +276,28 @@ def test_the_last_block_computes_the_organs_tokens_alone(attention):
     tower(pixel_values, torch.ones(2, 1, 24, dtype=torch.bool))
     tower(pixel_values, organ_token_mask, output_hidden_states=True)
     assert rows[2:] == [24, 24], "too many tokens, or somebody reads all"
+
+
+@pytest.mark.parametrize("selection", ["all", "organs"])
+def test_attention_with_dropout_is_wired_as_attention_without(selection, monkeypatch):
+    """At a rate that rounds to nothing the kernel with dropout runs and drops nothing: masks and scaling must agree."""
+    calls = []
+    kernel = vision.attention_with_dropout
+    monkeypatch.setattr(vision, "attention_with_dropout", lambda *given: calls.append(1) or kernel(*given))
+    tower = make_tower(attention_dropout=1e-7, token_selection=selection)
+    organ_token_mask = torch.zeros(2, 1, 24, dtype=torch.bool)
+    organ_token_mask[0, 0, [2, 5, 23]] = organ_token_mask[1, 0, 20] = True
+    pixel_values = torch.randn(2, 2, *VOLUME_SIZE, generator=torch.Generator().manual_seed(4))
+    results = []
+    for is_training in (True, False):
+        output = tower.train(is_training)(pixel_values, organ_token_mask)
+        level = output.feature_levels[-1]
+        if selection == "organs":
+            level = level * output.token_is_real[..., None]
+        results.append([level, *torch.autograd.grad(level.square().sum(), list(tower.parameters()))])
+    assert len(calls) == 3, "in training, once for every block"
+    for dropped, plain in zip(*results):
+        torch.testing.assert_close(dropped, plain, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        tower.train()(pixel_values, organ_token_mask)
+    assert len(calls) == 3, "what is not float32 goes to PyTorch"

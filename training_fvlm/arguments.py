@@ -642,9 +642,10 @@ def _model_help() -> str:
         "--model.text_encoder.pretrained NAME": "folder or Hub id of a text encoder whose weights are kept",
         "--model.vision_config.attention_dropout RATE, --model.text_encoder.attention_dropout RATE": "share of the "
         "attention probabilities dropped in training (published: 0.1, in both towers), also with --init_from and with "
-        "a pretrained encoder. 0 lets CPU and GPU take PyTorch's fused attention, which keeps no probabilities: faster "
-        "and smaller. It regularises a little less, and losses and weights of a run are no longer those of the "
-        "published setting; evaluation drops nothing either way",
+        "a pretrained encoder. At 0 a CPU takes PyTorch's fused attention; above 0 the image tower takes our own, "
+        "slower one, and the text encoder keeps its probabilities. The fused kernels of GPUs know dropout. 0 "
+        "regularises a little less, and losses and weights of a run are no longer those of the published setting; "
+        "evaluation drops nothing either way",
     }
     lines = ["model (any name of the recipe's model section; values in YAML):"]
     for flag, text in entries.items():

@@ -33,7 +33,6 @@ def build_model(
     window_volumes: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
     start: Start | None = None,
-    attn_implementation: str = "sdpa",
 ) -> tuple[FVLMModel, FVLMProcessor]:
     """Make the model that a recipe's model section asks for, with fresh weights, or from the folder of `start`.
 
@@ -46,7 +45,6 @@ def build_model(
         window_volumes: Volumes measured for those.
         tokenizer: Tokenizer of a run that is resumed; None: made here.
         start: Folder whose weights, architecture and tokenizer are taken; its model section is read, not `model`.
-        attn_implementation: Attention of both towers, by transformers' names.
 
     Returns:
         The model and the processor to save beside it.
@@ -94,7 +92,6 @@ def build_model(
     fvlm = FVLMModel(config) if start is None else start.load(config)
     if pretrained is not None:
         put_text_encoder(fvlm.text_model, pretrained)
-    set_attention(fvlm, attn_implementation)
     return fvlm, FVLMProcessor.from_config(config, tokenizer)
 
 
@@ -127,6 +124,9 @@ def set_attention(model: FVLMModel, name: str) -> None:
         model.set_attn_implementation(name)
     except Exception as error:  # ImportError, ValueError, and whatever a package that is half there raises
         raise SettingsError(f"--attn_implementation {name}: {error}") from error
+    for tower in (model.vision_model, model.text_model):  # some only warn
+        if tower.config._attn_implementation != name:
+            raise SettingsError(f"--attn_implementation {name}: {type(tower).__name__} does not know it.")
 
 
 def measure_windows(
