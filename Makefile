@@ -23,7 +23,7 @@ help:
 	@echo "make demo-long  the longer recipe on the same patients (about 40 minutes)"
 	@echo "make demo-control  the demo's recipe with captions shuffled between patients, three times: chance"
 	@echo "make test       the fast tests (minutes); make test-slow: the rest; make test-floor: lowest versions"
-	@echo "make bench      every benchmark, results in runs/bench (about an hour; 17 GB of free memory)"
+	@echo "make bench      every benchmark, results in runs/bench and benchmarks/RESULTS.md (about an hour; 17 GB of free memory)"
 	@echo "make lint       ruff"
 
 # --- environment ------------------------------------------------------------------------------------------------------
@@ -131,9 +131,9 @@ bench_scaling = --plot $(BENCH)/scaling.png
 MEASURE := env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(BIN)/python -m
 
 bench: $(BIN)/.installed
-	@set -e; $(foreach each,$(BENCHMARKS),echo "benchmarks.$(each)"; \
-		$(MEASURE) benchmarks.$(each) --json $(BENCH)/$(each).json $(bench_$(each)) $(BENCH_FLAGS);)
-	$(BIN)/python -m benchmarks.results $(BENCH)/*.json
+	@status=0; $(foreach each,$(BENCHMARKS),echo "benchmarks.$(each)"; \
+		$(MEASURE) benchmarks.$(each) --json $(BENCH)/$(each).json $(bench_$(each)) $(BENCH_FLAGS) || status=$$?;) \
+	$(BIN)/python -m benchmarks.results $(BENCH)/*.json && exit $$status
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -144,7 +144,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--num_workers",
         type=int,
         default=1,
-        help="Threads that decode and cut scans ahead; the windows of one scan more than this lie in memory, and in "
+        help="Threads that decode and cut scans ahead; one scan more than this lies in memory, and in "
         "pinned memory on a GPU (default: %(default)s).",
     )
     cache = running.add_mutually_exclusive_group()

@@ -20,6 +20,7 @@ ours without, under the same dropout; the step's equality with the baseline is t
 import argparse
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -239,12 +240,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(parser, arguments)
     if len(set(options.baseline_organs)) < 2:
         parser.error("--baseline_organs must be two different numbers: a line needs two points.")
-    results = []
+    results, status = [], 0
     for number in options.organs:
-        results += compare(number, tuple(options.baseline_organs), options.repeats, options.threads)
+        try:
+            results += compare(number, tuple(options.baseline_organs), options.repeats, options.threads)
+        except MemoryError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
     print_memory(results)
     report(results, options.json)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Organ embeddings of a whole split: the one part of an evaluation that runs the image tower.
 
-(1) Threads read ahead while the tower runs: decode a row, cut out the organs' windows (windows.py), find which tokens
-    each organ owns. At most `num_workers + 1` scans are ahead; of a scan only its windows stay, in pinned memory where
-    the model is on a GPU.
-(2) Windows of equal size wait for each other, from whatever scan they come, and go through the model as one batch, as
-    int16 HU: the model applies its own HU windows.
+(1) Threads read ahead while the tower runs: decode a row, find the organs' windows (windows.py) and which tokens each
+    organ owns. At most `num_workers + 1` scans are ahead, each as its int16 volume: cut out, its windows would take up
+    to ten times as much.
+(2) Windows are cut as their turn comes, in pinned memory where the model is on a GPU. Those of equal size wait for each
+    other, from whatever scan they come, and go through the model as one batch: it applies its own HU windows.
 (3) Each organ's embedding is kept from its own window. An organ absent from the mask has none; an organ that the
     scan cuts has one and is marked as not complete (the published rule: scored, but known). Embeddings are fetched one
     batch late, so that a GPU has its next batch before the host waits for this one.
@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from evaluation_fvlm.errors import EvaluationError
-from evaluation_fvlm.windows import WindowRule, organ_boxes, organ_windows
+from evaluation_fvlm.windows import Window, WindowRule, organ_boxes, organ_windows
 from modeling_fvlm.geometry import organ_token_mask, organs_in_crop
 from modeling_fvlm.preparation import padding_hu
 from modeling_fvlm.processed_split import decode_volume
@@ -62,8 +62,9 @@ class _Scan:
     position: int
     identity: dict[str, str]
     labels: dict[str, int]
+    volume: np.ndarray  # (depth, height, width) int16 HU
     is_complete: np.ndarray  # (organs,) bool
-    windows: list[_CutWindow]
+    windows: list[tuple[Window, list[int], Tensor]]  # window, its organs, their tokens (organs, tokens) bool
 
 
 @dataclass
@@ -133,7 +134,7 @@ def embed_split(
     start = time.perf_counter()
 
     def prepare(position: int) -> _Scan:
-        return _prepare_scan(dataset[position], position, config, asked, rule, outside, model.device)
+        return _prepare_scan(dataset[position], position, config, asked, rule)
 
     def forward(batch: _Batch) -> None:
         launched.append(_launch(model, batch))
@@ -147,15 +148,15 @@ def embed_split(
         for scan in tqdm(scans, total=num_rows, desc="scans", unit="scan", disable=not progress):
             result.scans.loc[scan.position] = [scan.identity[column] for column in SCAN_COLUMNS]
             result.labels[scan.position] = scan.labels
-            for window in scan.windows:
-                result.is_present[scan.position, window.organ_indices] = True
-                result.is_complete[scan.position, window.organ_indices] = scan.is_complete[window.organ_indices]
-                size = tuple(window.volume.shape)
-                batch = waiting.setdefault(size, _Batch())
-                batch.windows.append(window)
+            for window, organ_indices, token_mask in scan.windows:
+                result.is_present[scan.position, organ_indices] = True
+                result.is_complete[scan.position, organ_indices] = scan.is_complete[organ_indices]
+                batch = waiting.setdefault(window.size, _Batch())
+                cut = _for_device(torch.from_numpy(window.take(scan.volume, outside)), model.device)
+                batch.windows.append(_CutWindow(organ_indices, cut, token_mask))
                 batch.positions.append(scan.position)
                 if len(batch.windows) == batch_size:
-                    forward(waiting.pop(size))
+                    forward(waiting.pop(window.size))
             # Odd sizes must not pile up in memory: past four batches' worth the fullest goes as it is.
             while sum(len(batch.windows) for batch in waiting.values()) > 4 * batch_size:
                 forward(waiting.pop(max(waiting, key=lambda size: len(waiting[size].windows))))
@@ -194,10 +195,8 @@ def _read_ahead(prepare, count: int, num_workers: int) -> Iterator[_Scan]:
                 future.cancel()
 
 
-def _prepare_scan(
-    row: dict, position: int, config, asked: list[int], rule: WindowRule, outside: int, device: torch.device
-) -> _Scan:
-    """(1) Decode one row and cut out its windows; `outside` is the HU of what lies outside the scan."""
+def _prepare_scan(row: dict, position: int, config, asked: list[int], rule: WindowRule) -> _Scan:
+    """(1) Decode one row and find its windows."""
     # Resampling cuts the extent off to N whole voxels and spreads them over it: the exact spacing is up to 1 / N above
     # the model's, never below it, but where less than one voxel fits. A row does not tell N, only that its own shape is
     # no larger. The published preparation departs on purpose; there `check_split_matches` has to do.
@@ -223,13 +222,13 @@ def _prepare_scan(
         if config.vision_config.token_selection == "all":
             # Every patch is seen in any case: the others' tokens would only be pooled for nothing.
             token_mask[np.setdiff1d(np.arange(num_organs), organ_indices)] = False
-        cut = _for_device(torch.from_numpy(window.take(volume, outside)), device)
-        windows.append(_CutWindow(organ_indices, cut, torch.from_numpy(token_mask)))
+        windows.append((window, organ_indices, torch.from_numpy(token_mask)))
     whole = tuple(slice(0, edge) for edge in mask.shape)
     return _Scan(
         position=position,
         identity={column: row[column] for column in SCAN_COLUMNS},
         labels={label["finding"]: int(label["value"]) for label in row["labels"] or []},
+        volume=volume,
         is_complete=organs_in_crop(mask, whole, num_organs, config.completeness, config.min_organ_voxels),
         windows=windows,
     )
