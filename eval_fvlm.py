@@ -44,8 +44,9 @@ from evaluation_fvlm.split import LEVELS, check_split_matches, open_split, read_
 from evaluation_fvlm.tasks import available_tasks, check_task_organs, load_task
 from evaluation_fvlm.windows import WindowRule
 from evaluation_fvlm.zero_shot import evaluate_split
+from modeling_fvlm.configuration_fvlm import ATTENTIONS
 from modeling_fvlm.gemm import BACKENDS, BLAS, gemm_backend, pick_gemm_backend
-from modeling_fvlm.modeling_fvlm import load_whole_model
+from modeling_fvlm.modeling_fvlm import load_whole_model, set_attention
 from modeling_fvlm.processing_fvlm import FVLMProcessor
 
 # What a protocol sets where the command line does not; None: no default (tasks), the model's size (window_size).
@@ -59,7 +60,6 @@ PROTOCOLS = {
     },
 }
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -144,8 +144,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--num_workers",
         type=int,
         default=1,
-        help="Threads that decode and cut scans ahead; one scan more than this lies in memory, and in "
-        "pinned memory on a GPU (default: %(default)s).",
+        help="Threads that decode scans ahead; one scan more than this lies in memory (default: %(default)s).",
     )
     cache = running.add_mutually_exclusive_group()
     cache.add_argument(
@@ -200,26 +199,21 @@ def load_model(path: str, revision: str | None, device: str) -> tuple[PreTrained
     return model.eval().to(device), processor
 
 
-def set_attention(model: PreTrainedModel, name: str, dtype: str) -> None:
+def set_checked_attention(model: PreTrainedModel, name: str, dtype: str) -> None:
     """Let both towers attend by the named implementation.
 
     Raises:
         EvaluationError: If it cannot run here, is not installed, or a tower does not know it.
     """
-    if name == "sdpa":  # what transformers chose already, where the text encoder has it
-        return
     if name.startswith("flash") and (model.device.type == "cpu" or dtype == "float32"):
         raise EvaluationError(
             f"--attn_implementation {name} needs a GPU and --dtype bfloat16 or float16, not {dtype} on "
             f"{model.device.type}: take sdpa."
         )
     try:
-        model.set_attn_implementation(name)
-    except Exception as error:  # ImportError, ValueError, and whatever a package that is half there raises
+        set_attention(model, name)
+    except ValueError as error:
         raise EvaluationError(f"--attn_implementation {name}: {error}") from error
-    for tower in (model.vision_model, model.text_model):  # some only warn
-        if tower.config._attn_implementation != name:
-            raise EvaluationError(f"--attn_implementation {name}: {type(tower).__name__} does not know it.")
 
 
 def gemm_backend_of(args: argparse.Namespace, model: PreTrainedModel) -> tuple[str | None, str | None]:
@@ -285,7 +279,7 @@ def run(args: argparse.Namespace) -> dict:
         )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = load_model(args.model, args.revision, device)
-    set_attention(model, args.attn_implementation, args.dtype)
+    set_checked_attention(model, args.attn_implementation, args.dtype)
     for task in tasks:
         check_task_organs(task, model.config.organs)
     vision = model.config.vision_config

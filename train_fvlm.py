@@ -39,9 +39,10 @@ from transformers.utils import logging
 
 from modeling_fvlm import FVLMConfig
 from modeling_fvlm.gemm import BLAS, gemm_backend, pick_gemm_backend
+from modeling_fvlm.modeling_fvlm import set_attention
 from modeling_fvlm.pipeline_fvlm import save_for_hub
 from training_fvlm.arguments import Settings, SettingsError, parse_settings
-from training_fvlm.build import build_model, centre_projections, set_attention
+from training_fvlm.build import build_model, centre_projections
 from training_fvlm.callbacks import CurveCallback
 from training_fvlm.collator import FVLMCollator
 from training_fvlm.curves import draw_if_logged
@@ -123,7 +124,10 @@ def train(settings: Settings) -> None:
         # Every process reads the same rows with the same weights, and comes to the same start.
         centre_projections(model, FVLMCollator(is_random=False, **crop), train_dataset, data.centring_rows)
     # After the centring, which runs in float32 where the model was built: flash attention could not.
-    set_attention(model, args.attn_implementation)
+    try:
+        set_attention(model, args.attn_implementation)
+    except ValueError as error:
+        raise SettingsError(f"--attn_implementation {args.attn_implementation}: {error}") from error
 
     # Trainer
     flips = {"flip_axes": data.flip_axes, "flip_probability": data.flip_probability}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modeling_fvlm import FVLMConfig, FVLMModel
 
-VOLUME_SIZE = (112, 256, 352)
+VOLUME_SIZE, PATCH_SIZE = (112, 256, 352), (16, 16, 32)
 MEAN_TOKENS, SHORTEST, LONGEST = 26, 5, 120
 LONGEST_PUBLISHED = 384  # the published text encoder cuts there
 ABNORMAL_SHARE = 0.15
@@ -50,7 +50,7 @@ def make_model(num_organs: int, published_dropout: bool = True, attention_dropou
     text = {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate, "vocab_size": VOCABULARY}
     config = FVLMConfig(
         organs=[f"organ_{number}" for number in range(num_organs)],
-        vision_config={"volume_size": VOLUME_SIZE, **vision},
+        vision_config={"volume_size": VOLUME_SIZE, "patch_size": PATCH_SIZE, **vision},
         text_config={"model_type": "bert", **text},
         text_token_types=False,
         pooling_dropout=rate,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import make_batch, make_model
+from benchmarks.inputs import PATCH_SIZE, make_batch, make_model
 from benchmarks.measure import (
     Peak,
     Result,
@@ -42,13 +42,12 @@ def our_flags(mask: Tensor, num_organs: int, patch_size: tuple[int, ...]) -> tup
 def bookkeeping(num_organs: int, repeats: int) -> Result:
     """Time and compare the flags of a batch of two."""
     mask = make_batch(num_organs).mask
-    patch_size = (16, 16, 32)
-    theirs, ours = organ_flags(mask, num_organs, patch_size), our_flags(mask, num_organs, patch_size)
+    theirs, ours = organ_flags(mask, num_organs, PATCH_SIZE), our_flags(mask, num_organs, PATCH_SIZE)
     difference = relative_difference([flag.float() for flag in ours], [flag.float() for flag in theirs])
     times = in_turns(
         {
-            "baseline": lambda: organ_flags(mask, num_organs, patch_size),
-            "ours": lambda: our_flags(mask, num_organs, patch_size),
+            "baseline": lambda: organ_flags(mask, num_organs, PATCH_SIZE),
+            "ours": lambda: our_flags(mask, num_organs, PATCH_SIZE),
         },
         repeats,
     )
@@ -58,7 +57,7 @@ def bookkeeping(num_organs: int, repeats: int) -> Result:
 def pooling(num_organs: int, repeats: int, peak: Peak) -> Result:
     """Time forward and backward of the pooling with dropout; compare outputs and gradients without."""
     model = make_model(num_organs)
-    organ_tokens, _ = our_flags(make_batch(num_organs).mask, num_organs, (16, 16, 32))
+    organ_tokens, _ = our_flags(make_batch(num_organs).mask, num_organs, PATCH_SIZE)
     generator = torch.Generator().manual_seed(1)
     tokens = organ_tokens.shape[2]
     levels = [torch.randn(len(organ_tokens), tokens, 768, generator=generator) for _ in range(NUM_LEVELS)]

@@ -116,14 +116,14 @@ def organ_losses(
     return torch.stack(losses)
 
 
-def plain_dropout(model: FVLMModel) -> FVLMModel:
-    """The model with PyTorch's own dropout in place of ours."""
-    for name, module in list(model.named_modules()):
+def in_published_manner(model: FVLMModel) -> FVLMModel:
+    """A model on the same parameters that materialises attention and has PyTorch's own dropout in place of ours.
+
+    A second set of parameters would not leave room for the baseline's activations.
+    """
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for name, module in list(twin.named_modules()):
         if isinstance(module, nn.Dropout):
-            model.set_submodule(name, nn.Dropout(module.p))
-    return model
-
-
-def twin(model: FVLMModel) -> FVLMModel:
-    """Another model on the same parameters: a second set would not leave room for the baseline's activations."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+            twin.set_submodule(name, nn.Dropout(module.p))
+    twin.set_attn_implementation("eager")
+    return twin

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.inputs import Batch, make_batch, make_model
+from benchmarks.inputs import PATCH_SIZE, Batch, make_batch, make_model
 from benchmarks.measure import (
     Peak,
     Result,
@@ -44,19 +44,17 @@ from benchmarks.measure import (
 from benchmarks.pooling import our_flags
 from benchmarks.published import (
     embed_captions,
+    in_published_manner,
     organ_flags,
     organ_losses,
-    plain_dropout,
     pool_organs,
     pooling_attention,
-    twin,
 )
 from benchmarks.text import padded_captions, unique_captions
 from modeling_fvlm import FVLMModel
 from modeling_fvlm.gemm import BLAS, choose_gemm_backend, gemm_backend
 
 VARIANTS = ("published_dropout", "no_attention_dropout", "best_fp32", "bf16")
-PATCH_SIZE = (16, 16, 32)
 LEARNING_RATE = 1e-6  # small: all ways run on, and none may wander off
 
 
@@ -64,14 +62,13 @@ class PublishedStep:
     """The baseline on a model of ours.
 
     Args:
-        model: Its attention and dropout are put into the published form.
+        model: The step runs on its parameters, with attention and dropout in the published form.
         batch: A batch.
         text_organs: The captions of so many organs are encoded; the others' embeddings are random and fixed.
     """
 
     def __init__(self, model: FVLMModel, batch: Batch, text_organs: int):
-        self.model, self.batch, self.text_organs = plain_dropout(model), batch, text_organs
-        model.set_attn_implementation("eager")
+        self.model, self.batch, self.text_organs = in_published_manner(model), batch, text_organs
         num_organs = len(batch.token_ids)
         others = torch.randn(len(batch.volume), num_organs - text_organs, model.config.projection_dim)
         self.other_text = F.normalize(others, dim=-1)
@@ -197,7 +194,7 @@ def compare_results(num_organs: int, batch: Batch, gemms: list[str], with_float6
         way computed in float64.
     """
     model = make_model(num_organs, published_dropout=False)
-    baseline = _compared(published_gradients(PublishedStep(twin(model), batch, num_organs)))
+    baseline = _compared(published_gradients(PublishedStep(model, batch, num_organs)))
     ours = {gemm: _compared(our_gradients(OurStep(model, batch), gemm)) for gemm in gemms}
     differences = {gemm: relative_difference(tensors, baseline) for gemm, tensors in ours.items()}
     if with_float64:
@@ -239,7 +236,7 @@ def compare(
     differences = compare_results(num_organs, batch, sorted({BLAS, best_gemm}), with_float64)
     part = min(num_organs, baseline_organs)
     model = make_model(num_organs)
-    theirs, ours = PublishedStep(twin(model), batch, part), OurStep(model, batch)
+    theirs, ours = PublishedStep(model, batch, part), OurStep(model, batch)
     ways: dict[str, Callable[[], None]] = {
         "published_dropout": lambda: ours.step(attention_dropout=True),
         "no_attention_dropout": lambda: ours.step(attention_dropout=False),

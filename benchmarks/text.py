@@ -1,4 +1,4 @@
-"""The text encoder on the captions of a batch, forward and backward: unique captions in buckets against padding to 384.
+"""The text encoder on the captions of a batch, forward and backward: shared rows against padding to 384.
 
     python -m benchmarks.text
     python -m benchmarks.text --organs 24 --json text.json
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.inputs import Batch, make_batch, make_model
+from benchmarks.inputs import LONGEST_PUBLISHED, Batch, make_batch, make_model
 from benchmarks.measure import (
     Result,
     add_arguments,
@@ -25,16 +25,14 @@ from benchmarks.measure import (
     relative_difference,
     report,
 )
-from benchmarks.published import embed_captions, plain_dropout, twin
+from benchmarks.published import embed_captions, in_published_manner
 from modeling_fvlm import FVLMModel
-
-LONGEST = 384  # tokens, as published
 
 
 def padded_captions(batch: Batch, organs: int) -> tuple[Tensor, Tensor]:
     """Ids and mask `(organs, patients, 384)` of the first organs."""
     rows = batch.token_ids[:organs]
-    ids = torch.zeros(len(rows), len(rows[0]), LONGEST, dtype=torch.int64)
+    ids = torch.zeros(len(rows), len(rows[0]), LONGEST_PUBLISHED, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for organ, captions in enumerate(rows):
         for patient, caption in enumerate(captions):
@@ -56,13 +54,6 @@ def unique_captions(batch: Batch, organs: int) -> tuple[Tensor, Tensor, Tensor]:
         ids[place, : len(caption)] = torch.tensor(caption)
         mask[place, : len(caption)] = 1
     return ids, mask, index.T
-
-
-def in_published_manner(model: FVLMModel) -> FVLMModel:
-    """The same weights with attention materialised and PyTorch's dropout."""
-    model = plain_dropout(twin(model))
-    model.set_attn_implementation("eager")
-    return model
 
 
 def compare(num_organs: int, baseline_organs: int, repeats: int) -> Result:

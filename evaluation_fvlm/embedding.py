@@ -106,7 +106,7 @@ def embed_split(
             tokens stay in sight of the network.
         rule: How windows are made; default: of the model's `volume_size`.
         batch_size: Windows per forward.
-        num_workers: Threads that read ahead; each holds one scan's windows. Threads, since zlib, zstd, numpy and torch
+        num_workers: Threads that read ahead; each holds one scan. Threads, since zlib, zstd, numpy and torch
             all release the interpreter lock here, and a worker process would need shared memory for volumes of tens
             of megabytes.
         dtype: Autocast the image tower to this, e.g. `torch.bfloat16`; None computes as the weights are.

@@ -13,6 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from .organs import MAX_ORGANS, load_organ_set
 
 AXES = ("depth", "height", "width")
+# What the towers can attend by, by transformers' names.
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 WINDOW_KEYS = {"hu_min", "hu_max", "mean", "std"}
 # Lung to dense bone in one channel, as published: [-1150, 350] HU -> [0, 1].
 DEFAULT_WINDOW = {"hu_min": -1150.0, "hu_max": 350.0, "mean": 0.0, "std": 1.0}

@@ -441,6 +441,25 @@ class FVLMModel(FVLMPreTrainedModel):
         return output
 
 
+def set_attention(model: FVLMModel, name: str) -> None:
+    """Let both towers attend by an implementation of `ATTENTIONS`.
+
+    "sdpa" changes nothing: transformers chose it already, where the text encoder has it.
+
+    Raises:
+        ValueError: If it is not installed, or a tower does not know it.
+    """
+    if name == "sdpa":
+        return
+    try:
+        model.set_attn_implementation(name)
+    except Exception as error:  # ImportError, ValueError, and whatever a package that is half there raises
+        raise ValueError(str(error)) from error
+    for tower in (model.vision_model, model.text_model):  # some only warn
+        if tower.config._attn_implementation != name:
+            raise ValueError(f"{type(tower).__name__} does not know it.")
+
+
 def load_whole_model(path, **kwargs) -> FVLMModel:
     """`FVLMModel.from_pretrained` in float32, for which every weight must be there: none is filled with random numbers.
 

@@ -28,7 +28,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, HfArgumentParser, TrainingA
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from modeling_fvlm.configuration_fvlm import AXES, FVLMConfig, FVLMVisionConfig
+from modeling_fvlm.configuration_fvlm import ATTENTIONS, AXES, FVLMConfig, FVLMVisionConfig
 from modeling_fvlm.gemm import BACKENDS
 
 logger = logging.get_logger(__name__)
@@ -321,9 +321,9 @@ class FVLMTrainingArguments(TrainingArguments):
 
     def _check_attention(self) -> None:
         """Refuse flash attention where it cannot run."""
-        names = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
-        if self.attn_implementation not in names:  # a recipe's value passes by the choices
-            raise SettingsError(f"--attn_implementation {self.attn_implementation!r} is none of {', '.join(names)}.")
+        if self.attn_implementation not in ATTENTIONS:  # a recipe's value passes by the choices
+            known = ", ".join(ATTENTIONS)
+            raise SettingsError(f"--attn_implementation {self.attn_implementation!r} is none of {known}.")
         if not self.attn_implementation.startswith("flash"):
             return
         if self.device.type == "cpu":

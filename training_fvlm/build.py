@@ -112,23 +112,6 @@ def set_attention_dropout(text_config: dict[str, Any], rate: float) -> None:
     text_config.update(dict.fromkeys(names, float(rate)))
 
 
-def set_attention(model: FVLMModel, name: str) -> None:
-    """Let both towers attend by the named implementation.
-
-    Raises:
-        SettingsError: If it is not installed, or a tower does not know it.
-    """
-    if name == "sdpa":  # what transformers chose already, where the text encoder has it
-        return
-    try:
-        model.set_attn_implementation(name)
-    except Exception as error:  # ImportError, ValueError, and whatever a package that is half there raises
-        raise SettingsError(f"--attn_implementation {name}: {error}") from error
-    for tower in (model.vision_model, model.text_model):  # some only warn
-        if tower.config._attn_implementation != name:
-            raise SettingsError(f"--attn_implementation {name}: {type(tower).__name__} does not know it.")
-
-
 def measure_windows(
     windows: Iterable[dict[str, Any]],
     config: FVLMConfig,
