@@ -4,11 +4,17 @@ A synthetic release of 40 patients in CT-RATE's layout, and the split made of it
     python -m data_builders synthetic --out out/release --patients 32 --validation 8 --seed 0
     python -m data_builders ct_rate --source out/release --out out/split --organs body_24 --spacing 20 4 4
 
-Your own NIfTI volumes with TotalSegmentator masks and a CSV of reports (columns id, findings, impression):
+Your own CTs with TotalSegmentator masks and a CSV of reports (columns id, findings, impression):
     python -m data_builders folder --volumes scans --masks masks --reports reports.csv --out out/split
 
-What came of it (also written at the end of each build; look at previews/ before training):
-    python -m data_builders inspect --data out/split --cases 4
+What came of it, what looks wrong, and how to mend it (terminal, and the page out/split/doctor.html):
+    python -m data_builders inspect out/split
+
+CT-RATE straight from the Hub, on one of 32 machines:
+    python -m data_builders ct_rate --source hf://datasets/ibrahimhamamci/CT-RATE --out out/ct_rate --shard 1/32
+
+To the Hub, private unless you say otherwise (log in first with `hf auth login`):
+    python -m data_builders push --data out/split --repo owner/name --license cc-by-4.0
 
 A build that was killed is continued by the same command. Each command tells its options with --help.
 """
@@ -17,12 +23,18 @@ import argparse
 import importlib
 import sys
 
+from .sources import SourceError
+
 # name -> (module with add_arguments and run, one line). A module is imported only for its own command.
 COMMANDS = {
     "synthetic": ("synthetic", "a made-up release in CT-RATE's layout: no data needed"),
-    "ct_rate": ("ct_rate", "a folder in CT-RATE's layout -> processed split"),
-    "folder": ("folder", "NIfTI volumes + multilabel masks + reports -> processed split"),
-    "inspect": ("inspection", "counts and pictures of a processed split"),
+    "ct_rate": ("ct_rate", "CT-RATE, from the Hub, a mirror or a folder in its layout -> processed split"),
+    "rad_chest_ct": ("rad_chest_ct", "RAD-ChestCT: npz volumes, 84 abnormalities, no reports -> processed split"),
+    "folder": ("folder", "your own CTs (NIfTI, NRRD, MetaImage, DICOM) + masks + reports -> processed split"),
+    "merge": ("merge", "finish a split whose shards were built by several tasks (--shard i/n)"),
+    "cache": ("cache", "a processed split -> memory-mapped Arrow files, for speed in training"),
+    "inspect": ("inspection", "what lies in a processed split, and what looks wrong with it"),
+    "push": ("push", "a processed split -> dataset repository on the Hub, private unless you say otherwise"),
 }
 
 
@@ -46,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return modules[args.command].run(args)
-    except ValueError as error:  # what a user can mend: the message says how, a traceback would hide it
+    except (ValueError, SourceError) as error:  # what a user can mend: the message says how, a traceback would hide it
         print(f"error: {error}", file=sys.stderr)
         return 2
 

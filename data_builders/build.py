@@ -1,67 +1,63 @@
 """Turn cases into a processed split: the part that every builder shares.
 
-(1) the cases are sorted, and those known to be unusable set aside with their reason
+(1) the cases are sorted, and those known to be unusable set aside with their reason; with hashed ids they are renamed
 (2) the settings and a hash of the source are compared with those of a build begun in the same folder
 (3) volumes are read, turned, resampled and cropped in parallel, and written shard by shard in the sorted order
 (4) dataset card, previews and manifest are written, and the summary is printed
 A broken case is skipped, counted and listed; with --strict the first one stops the build. None is ever replaced.
+
+A build that is killed at whatever moment is continued by the same command. With --shard i/n it does its part of (3), on
+a machine of many, and `python -m data_builders merge` does (4). However it came about, a split has the same bytes.
 """
 
 import argparse
 import dataclasses
 import json
-import multiprocessing
-import os
 import re
 import shutil
-import textwrap
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.table import Table
 
-from modeling_fvlm.configuration_fvlm import DEFAULT_WINDOW, FVLMConfig, FVLMVisionConfig
-from modeling_fvlm.geometry import AXES
-from modeling_fvlm.organs import OrganSet, load_organ_set, organ_label_table
-from modeling_fvlm.preparation import PreparedScan, padding_hu, prepare_scan
-from modeling_fvlm.processed_split import encode_array
-from modeling_fvlm.published_preparation import as_stored, prepare_published_scan
-from modeling_fvlm.reading import read_affine, read_nifti, read_nifti_mask
+from modeling_fvlm.configuration_fvlm import FVLMConfig
+from modeling_fvlm.organs import OrganSet, load_organ_set
+from modeling_fvlm.preparation import padding_hu
+from modeling_fvlm.processed_split import ZSTD_LEVEL
+from modeling_fvlm.reading import RESCALE_MODES
 
 from .card import write_card
 from .cases import Case, sort_cases, source_fingerprint
-from .decompose import Lexicon, caption_rows, load_lexicon
+from .decompose import Lexicon, load_lexicon
 from .previews import write_previews
+from .privacy import concern_lines, default_salt_file, pseudonymise, read_salt, salt_check, scan_reports, write_key
+from .progress import check_same_settings, continue_or_begin, is_finished, plan_of, read_identity, stopping_cleanly
+from .run_cases import (
+    PADDED_TO,
+    PADDING_WINDOWS,
+    SourceWatch,
+    built_rows,
+    check_executor,
+    label_tables,
+    num_cores,
+)
+from .run_cases import prepare_case as prepare_case  # the streaming builder takes both from here
 from .shards import (
+    CONFIGS,
     PROGRESS_FOLDER,
     BuiltRow,
+    Shard,
     ShardRecord,
     plan_shards,
     read_record,
     write_json,
-    write_record,
     write_shard,
 )
+from .summary import FORMAT_VERSION, console, make_manifest, print_summary
 
-FORMAT_VERSION = 1  # up when the columns, or the meaning of one, change
-
-# Settings that came after the first builds, and what these were built with.
-LATER_SETTINGS = {"preprocessing": "standard"}
-# Published scans are padded for the published model: no other has seen such scans.
-PADDED_TO, PADDING_WINDOWS = FVLMVisionConfig.volume_size, (DEFAULT_WINDOW,)
-
-# Median HU that a healthy or a diseased organ can have. Outside of it the HU were probably rescaled wrongly, or the
-# mask was read with the wrong numbering or belongs to another scan: silent otherwise, and fatal for training.
-PLAUSIBLE_MEDIAN_HU = {"lung": (-980, -200), "liver": (-60, 250), "autochthon": (-120, 150)}
-FEWEST_VOXELS_FOR_A_MEDIAN = 1000  # in thick slices a small organ is mostly edge, mixed with what lies beside it
-
-console = Console()
+IDS = ("kept", "hashed")
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,9 @@ class Settings:
         rows_per_shard: Rows of a full shard.
         lexicon: Terms by which sentences find their organs.
         options: The builder's own settings, as they go into the manifest.
+        rescale_mode: What is done with a declared slope and intercept: "auto", "apply" or "skip".
+        configs: "volumes", "organ_crops" or both.
+        ids: "kept" as the source has them, or "hashed".
     """
 
     builder: str
@@ -89,6 +88,9 @@ class Settings:
     rows_per_shard: int
     lexicon: Lexicon
     options: dict
+    rescale_mode: str = "auto"
+    configs: tuple[str, ...] = ("volumes",)
+    ids: str = "kept"
 
     def as_json(self) -> dict:
         """The settings as the manifest tells them."""
@@ -100,7 +102,11 @@ class Settings:
             "spacing": self.spacing,
             "margin_voxels": self.margin_voxels,
             "preprocessing": self.preprocessing,
+            "rescale_mode": self.rescale_mode,
             "rows_per_shard": self.rows_per_shard,
+            "zstd_level": ZSTD_LEVEL,
+            "configs": self.configs,
+            "ids": self.ids,
             "lexicon": {"name": self.lexicon.name, "version": self.lexicon.version, "sha256": self.lexicon.sha256},
             "options": self.options,
         }
@@ -109,8 +115,14 @@ class Settings:
         return json.loads(json.dumps(content))
 
 
-def add_build_arguments(parser: argparse.ArgumentParser, organs: str) -> None:
-    """The options that every builder has."""
+def add_build_arguments(parser: argparse.ArgumentParser, organs: str, ids: str = "kept") -> None:
+    """The options that every builder has.
+
+    Args:
+        parser: Of the builder's command.
+        organs: The builder's default organ set.
+        ids: Default of --ids: "kept" for releases whose ids are public, "hashed" for anyone's own data.
+    """
     group = parser.add_argument_group("processed split")
     group.add_argument(
         "--out",
@@ -145,6 +157,21 @@ def add_build_arguments(parser: argparse.ArgumentParser, organs: str) -> None:
         "published crop; for models whose config says so (default: standard).",
     )
     group.add_argument(
+        "--rescale",
+        choices=RESCALE_MODES,
+        default="auto",
+        help="What to do with slope and intercept that a volume or its table declares. auto: apply them unless the "
+        "voxels are HU already, and say so; apply: always; skip: never (default: auto).",
+    )
+    group.add_argument(
+        "--configs",
+        nargs="+",
+        choices=CONFIGS,
+        default=list(CONFIGS[:1]),
+        help="volumes: a row is one reconstruction; organ_crops: a row is one organ of it, cut out. One pass writes "
+        "both (default: volumes).",
+    )
+    group.add_argument(
         "--lexicon", default="english", help="Terms for report -> organ captions: english, or a YAML file."
     )
     group.add_argument(
@@ -159,6 +186,33 @@ def add_build_arguments(parser: argparse.ArgumentParser, organs: str) -> None:
         type=int,
         default=None,
         help="Processes that prepare volumes; each holds one scan in memory (default: one per core).",
+    )
+    group.add_argument(
+        "--executor",
+        default="processes",
+        help="processes of this machine, or dask://host:port, the workers of that cluster (default: processes).",
+    )
+    group.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="Build every N-th Parquet shard from the I-th on and nothing else, as one task of N; all may write into "
+        "one --out on a shared disk. `python -m data_builders merge` then finishes the split.",
+    )
+    group.add_argument(
+        "--ids",
+        choices=IDS,
+        default=ids,
+        help="hashed: ids of patients, scans and reconstructions become hashes under a secret salt; kept: they stay as "
+        f"they are (default: {ids}).",
+    )
+    group.add_argument(
+        "--id_salt",
+        type=Path,
+        metavar="FILE",
+        help="File of the salt, written where it is missing; keep it secret (default: OUT.salt, beside --out).",
+    )
+    group.add_argument(
+        "--id_key", type=Path, metavar="FILE", help="CSV to write, outside --out: your ids and their hashes."
     )
     group.add_argument("--strict", action="store_true", help="Stop at the first broken case instead of skipping it.")
 
@@ -182,6 +236,8 @@ def settings_from_args(
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1.")
+    check_executor(args.executor)
+    part_of(args.shard)
     settings = Settings(
         builder=builder,
         organ_set=load_organ_set(args.organs),
@@ -192,118 +248,27 @@ def settings_from_args(
         rows_per_shard=args.rows_per_shard,
         lexicon=load_lexicon(args.lexicon),
         options=options,
+        rescale_mode=args.rescale,
+        configs=tuple(config for config in CONFIGS if config in args.configs),
+        ids=args.ids,
     )
     settings.lexicon.check_covers(settings.organ_set.organs)
     label_tables(settings)  # an unknown organ, class or numbering fails here, not in a worker
     return settings
 
 
-def label_tables(settings: Settings) -> dict[str, np.ndarray]:
-    """For each numbering in use the table from label values to organ labels."""
-    return {
-        name: organ_label_table(settings.organ_set, settings.organ_set.organs, numbering)
-        for name, numbering in settings.numberings.items()
-    }
+def part_of(shard: str | None) -> tuple[int, int]:
+    """`--shard I/N` as (place from 0, step); all of them without it.
 
-
-# Set once per process: a case sent to a worker should not carry the organ set and the lexicon with it.
-_settings: Settings | None = None
-_tables: dict[str, np.ndarray] = {}
-
-
-def start_worker(settings: Settings) -> None:
-    """Give this process what all cases share."""
-    global _settings, _tables
-    _settings, _tables = settings, label_tables(settings)
-
-
-def build_row(case: Case) -> BuiltRow:
-    """Read and prepare one case. A case that cannot be used comes back with its reason; anything else is our bug."""
-    organs = _settings.organ_set.organs
-    try:
-        scan = read_scan(case)
-    except (ValueError, FileNotFoundError) as error:
-        # No folder of this machine in the manifest: it says nothing to its reader, and the bytes would hang on it.
-        reason = str(error).replace(f"{case.volume.parent}{os.sep}", "").replace(f"{case.mask.parent}{os.sep}", "")
-        return BuiltRow(case.recon_id, skip_reason=reason)
-    row = {
-        "patient_id": case.patient_id,
-        "scan_id": case.scan_id,
-        "recon_id": case.recon_id,
-        "volume": encode_array(scan.volume),
-        "mask": encode_array(scan.mask),
-        "shape": list(scan.volume.shape),
-        "spacing": list(scan.spacing),
-        "captions": caption_rows(
-            case.findings,
-            case.impression,
-            organs,
-            _settings.lexicon,
-            case.organ_texts,
-            published=_settings.preprocessing == "published",
-        ),
-        "findings": case.findings,
-        "impression": case.impression,
-        "labels": [{"finding": finding, "value": value} for finding, value in case.labels],
-    }
-    voxels = np.bincount(scan.mask.ravel(), minlength=len(organs) + 1)
-    present = tuple(organ for organ, count in zip(organs, voxels[1:]) if count)
-    return BuiltRow(case.recon_id, row, present, warning=implausible_hu(scan.volume, scan.mask, organs, voxels))
-
-
-def read_scan(case: Case) -> PreparedScan:
-    """Volume and mask of one case, prepared as the settings say."""
-    geometry = (_tables[case.numbering], _settings.spacing, _settings.margin_voxels)
-    if _settings.preprocessing == "published":
-        volume = as_stored(read_nifti, case.volume, read_affine(case.volume))
-        mask = as_stored(read_nifti_mask, case.mask, read_affine(case.mask))
-        return prepare_published_scan(volume, mask, *geometry, PADDED_TO, PADDING_WINDOWS)
-    return prepare_scan(read_nifti(case.volume), read_nifti_mask(case.mask), *geometry)
-
-
-def implausible_hu(volume: np.ndarray, mask: np.ndarray, organs: Sequence[str], voxels: np.ndarray) -> str | None:
-    """Name the organs whose median HU no such organ has, or None."""
-    strange = []
-    for organ, (lowest, highest) in PLAUSIBLE_MEDIAN_HU.items():
-        label = organs.index(organ) + 1 if organ in organs else 0
-        if label and voxels[label] >= FEWEST_VOXELS_FOR_A_MEDIAN:
-            median = int(np.median(volume[mask == label]))
-            if not lowest <= median <= highest:
-                strange.append(f"{organ} has a median of {median} HU, expected {lowest} to {highest}")
-    if not strange:
-        return None
-    return f"{'; '.join(strange)}: look at rescale slope and intercept, and at numbering and patient of the mask"
-
-
-def num_cores() -> int:
-    """Cores this process may use (a container or a batch system often lends fewer than the machine has)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def built_rows(cases: Sequence[Case], settings: Settings, workers: int) -> Iterator[BuiltRow]:
-    """Rows in the order of `cases`, prepared by `workers` processes."""
-    if workers == 1 or len(cases) < 2:
-        start_worker(settings)
-        yield from map(build_row, cases)
-        return
-    # Not "fork": the libraries of this process may hold threads and locks. A pool of multiprocessing would wait for
-    # ever when the system kills a worker for its memory; the executor raises.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload([__name__])  # one import for all workers
-    with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(settings,)) as pool:
-        pending: deque[Future] = deque()
-        try:
-            for case in cases:
-                pending.append(pool.submit(build_row, case))
-                if len(pending) > 4 * workers:  # bounds the finished rows that wait in memory behind a slow one
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+    Raises:
+        ValueError: If it is not of that form, or I is not within 1..N.
+    """
+    if shard is None:
+        return 0, 1
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--shard {shard!r} is not of the form I/N with I from 1 to N, such as 1/8.")
+    return int(match[1]) - 1, int(match[2])
 
 
 def build(cases: Iterable[Case], settings: Settings, args: argparse.Namespace) -> int:
@@ -311,49 +276,87 @@ def build(cases: Iterable[Case], settings: Settings, args: argparse.Namespace) -
 
     Raises:
         ValueError: If there are no cases, the folder holds something else, or another build was begun there.
+        BuildStopped: If the disk is full, the source is gone, or a signal came; the same command continues.
     """
     folder = args.out
     cases = sort_cases(cases)  # (1)
     if not cases:
         raise ValueError("the source holds no case: no row of its table could be matched with a volume.")
+    identity = {"settings": settings.as_json()}
+    if settings.ids == "hashed":
+        cases, identity["settings"]["id_salt_check"] = with_hashed_ids(cases, identity["settings"], args)
     for case in cases if args.strict else ():
         if case.skip_reason is not None and not case.is_excluded:
             raise ValueError(f"{case.recon_id}: {case.skip_reason}")
-    identity = {"settings": settings.as_json(), "source_sha256": source_fingerprint(cases)}
-    continue_or_begin(folder, identity)  # (2)
+    identity["source_sha256"] = source_fingerprint(cases)
     shards = plan_shards(cases, settings.rows_per_shard)
+    first, step = part_of(args.shard)
+    mine = shards[first::step]
+    with stopping_cleanly(folder):
+        concerns = count_concerns(cases)
+        if args.shard is not None and is_finished(folder, identity, mine):
+            console.print("the split is finished, and these shards are there.")
+            return 0
+        continue_or_begin(folder, identity, plan_of(cases, concerns), mine, is_part=args.shard is not None)  # (2)
+        records = write_shards(folder, mine, settings, args)  # (3)
+        if args.shard is not None:
+            console.print(
+                f"{len(mine)} of {len(shards)} shards are built. When all tasks are done: "
+                f"python -m data_builders merge --out {folder}",
+                soft_wrap=True,
+            )
+            return 0
+        return finish_split(folder, cases, identity, records, concerns, args.previews)  # (4)
+
+
+def with_hashed_ids(cases: Sequence[Case], settings: dict, args: argparse.Namespace) -> tuple[list[Case], str]:
+    """The cases under pseudonyms, in their order, and the check value of the salt."""
+    before = read_identity(args.out)
+    if before is not None:  # a folder whose ids were kept has no salt: say that, not that the salt is missing
+        of_salt = {key: value for key, value in before["settings"].items() if key == "id_salt_check"}
+        check_same_settings(before["settings"], settings | of_salt, f"--out {args.out}")
+    salt = read_salt(args.id_salt or default_salt_file(args.out), args.out)
+    hashed = pseudonymise(cases, salt)
+    if args.id_key is not None:
+        write_key(args.id_key, args.out, cases, hashed)
+    return sort_cases(hashed), salt_check(salt)
+
+
+def count_concerns(cases: Sequence[Case]) -> dict[str, int]:
+    """Print where reports seem to name a person or a day; returns how often, by kind."""
+    concerns = scan_reports(cases)
+    for line in concern_lines(concerns):
+        console.print(line, style="yellow", markup=False)
+    counts: Counter = Counter()
+    for concern in concerns:
+        counts[concern.kind] += concern.count
+    return dict(sorted(counts.items()))
+
+
+def write_shards(
+    folder: Path, shards: Sequence[Shard], settings: Settings, args: argparse.Namespace
+) -> list[ShardRecord]:
+    """Build what is missing of some shards; returns the records of all of them."""
     done = {shard.file: read_record(folder, shard) for shard in shards}
     todo = [shard for shard in shards if done[shard.file] is None]
     waiting = [case for shard in todo for case in shard.cases]
     if len(todo) < len(shards):
         console.print(f"{len(shards) - len(todo)} of {len(shards)} shards are complete; building the rest.")
     workers = min(args.workers or num_cores(), max(1, len(waiting)))
-    rows = built_rows(waiting, settings, workers)  # (3)
+    watch = SourceWatch([case for shard in shards for case in shard.cases])
+    rows = built_rows(waiting, settings, workers, args.executor)
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
+    place = f"{workers} workers" if args.executor == "processes" else args.executor
     try:
         with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task(f"preparing volumes ({workers} workers)", total=len(waiting))
+            task = progress.add_task(f"preparing volumes ({place})", total=len(waiting))
             for shard in todo:
-                members = (stop_or_pass(next(rows), args.strict) for _ in shard.cases)
+                members = (stop_or_pass(watch.check(next(rows)), args.strict) for _ in shard.cases)
                 tracked = (progress.advance(task) or item for item in members)
-                done[shard.file] = write_shard(folder, shard, tracked)
+                done[shard.file] = write_shard(folder, shard, tracked, settings.configs)
     finally:
         rows.close()
-
-    manifest = make_manifest(cases, identity, [done[shard.file] for shard in shards])  # (4)
-    if sum(split["rows"] for split in manifest["splits"].values()):
-        write_card(folder, manifest)
-        for split, content in manifest["splits"].items():
-            if content["rows"]:
-                write_previews(folder, split, args.previews, folder / "previews")
-    write_json(folder / "manifest.json", manifest)
-    shutil.rmtree(folder / PROGRESS_FOLDER, ignore_errors=True)
-    print_summary(manifest)
-    if not any(split["rows"] for split in manifest["splits"].values()):
-        console.print("[red]Nothing was written: every case was skipped.[/red]")
-        return 1
-    console.print(f"written to {folder}; look at {folder / 'previews'} before training", soft_wrap=True)
-    return 0
+    return [done[shard.file] for shard in shards]
 
 
 def stop_or_pass(item: BuiltRow, strict: bool) -> BuiltRow:
@@ -362,156 +365,36 @@ def stop_or_pass(item: BuiltRow, strict: bool) -> BuiltRow:
     return item
 
 
-def continue_or_begin(folder: Path, identity: dict) -> None:
-    """Make the folder ready for a new build, or for what is missing of one that was begun there.
-
-    Raises:
-        ValueError: If something else lies in the folder, or a build with other settings or of another source.
-    """
-    begun = folder / PROGRESS_FOLDER / "identity.json"
-    finished = folder / "manifest.json"
-    before = next((json.loads(path.read_text(encoding="utf-8")) for path in (begun, finished) if path.is_file()), None)
-    if before is None:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"--out {folder} is not empty and holds no processed split; name a new folder.")
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--out {folder} is a file; name a folder.")
-    else:
-        mend = "Name another --out, or delete that folder to build anew."
-        changed = differences({**LATER_SETTINGS, **before.get("settings", {})}, identity["settings"])
-        if changed:
-            raise ValueError(f"--out {folder} was begun with other settings ({'; '.join(changed)}). {mend}")
-        if before.get("source_sha256") != identity["source_sha256"]:
-            raise ValueError(
-                f"--out {folder} was begun from another state of the source: reports, labels, or names and sizes of "
-                f"its files have changed since. {mend}"
-            )
-    (folder / "volumes").mkdir(parents=True, exist_ok=True)
-    write_json(begun, identity)
-    if finished.is_file():
-        for content in json.loads(finished.read_text(encoding="utf-8"))["shards"]:
-            write_record(folder, ShardRecord(**content))
-        finished.unlink()  # it comes back when every shard is there
+def finish_split(
+    folder: Path,
+    cases: Sequence[Case],
+    identity: dict,
+    records: Sequence[ShardRecord],
+    concerns: dict[str, int],
+    num_previews: int,
+) -> int:
+    """Write card, previews and, last, the manifest that says that the split is complete; returns the exit status."""
+    manifest = make_manifest(cases, identity, records, concerns)
+    has_rows = any(split["rows"] for split in manifest["splits"].values())
+    if has_rows:
+        write_card(folder, manifest)
+        for split, content in manifest["splits"].items():
+            if content["rows"] and "volumes" in identity["settings"]["configs"]:
+                drawn = write_previews(folder, split, num_previews, folder / "previews")
+                remove_other_pictures(drawn, split)
+    write_json(folder / "manifest.json", manifest)
+    shutil.rmtree(folder / PROGRESS_FOLDER, ignore_errors=True)
+    print_summary(manifest)
+    if not has_rows:
+        console.print("[red]Nothing was written: every case was skipped.[/red]")
+        return 1
+    console.print(f"written to {folder}; look at {folder / 'previews'} before training", soft_wrap=True)
+    return 0
 
 
-def differences(before: dict, now: dict, place: str = "") -> list[str]:
-    """`spacing: [3.0, 1.0, 1.0] there, [2.0, 1.0, 1.0] here` for every entry that is not the same."""
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        there, here = before.get(key), now.get(key)
-        if there == here:
-            continue
-        if isinstance(there, dict) and isinstance(here, dict):
-            found += differences(there, here, f"{place}{key}.")
-        else:
-            found.append(
-                f"{place}{key}: {textwrap.shorten(str(there), 80)} there, {textwrap.shorten(str(here), 80)} here"
-            )
-    return found
-
-
-def make_manifest(cases: Sequence[Case], identity: dict, records: Sequence[ShardRecord]) -> dict:
-    """Everything a reader of the split may ask: settings, counts, every skipped case with its reason."""
-    settings = identity["settings"]
-    skipped = [
-        {"split": case.split, "case": case.recon_id, "reason": case.skip_reason} for case in cases if case.skip_reason
-    ]
-    skipped += [entry for record in records for entry in record.skipped]
-    left_out = {entry["case"] for entry in skipped}
-    splits = {}
-    for split in dict.fromkeys(case.split for case in cases):
-        members = [case for case in cases if case.split == split]
-        written = [case for case in members if case.recon_id not in left_out]
-        organs: dict[str, Counter] = {organ: Counter() for organ in settings["organ_set"]["organs"]}
-        for record in records:
-            for organ, counts in record.counts.items() if record.split == split else ():
-                organs[organ].update(counts)
-        splits[split] = {
-            "cases": len(members),
-            "rows": len(written),
-            "scans": len({case.scan_id for case in written}),
-            "patients": len({case.patient_id for case in written}),
-            "organs": {
-                organ: {kind: count[kind] for kind in ("present", "mentioned", "abnormal")}
-                for organ, count in organs.items()
-            },
-        }
-    return {
-        "tool": f"fVLM data_builders, format {FORMAT_VERSION}",
-        **identity,
-        "splits": splits,
-        "skipped": skipped,
-        "warnings": [{"split": "all", "case": "all", "warning": warning} for warning in general_warnings(settings)]
-        + [entry for record in records for entry in record.warnings],
-        "shards": [vars(record) for record in records],
-    }
-
-
-def general_warnings(settings: dict) -> list[str]:
-    """What looks wrong with the whole split, from its settings as they stand in the manifest."""
-    warnings = []
-    if settings["options"].get("splits_by") == "id":
-        warnings.append(
-            "splits are by id, because the table has no column patient_id: scans of one patient may stand in several "
-            "splits, which makes validation look better than it is"
-        )
-    bare = [axis for axis, margin in zip(AXES, settings["margin_voxels"]) if margin == 0]
-    if bare:
-        warnings.append(
-            f"the margin is 0 along {', '.join(bare)}: organs that touch the box of all organs lie on the edge of the "
-            "volume, and count as cut off in training under the border rule"
-        )
-    return warnings
-
-
-def kind_of(reason: str) -> str:
-    """A skip reason without what differs from case to case: the file in front, names in quotes, numbers."""
-    kind = re.sub(r"^\S+: ", "", reason)
-    return textwrap.shorten(re.sub(r"'[^']*'|\[[^\]]*\]|\([^)]*\)|[\d.]*\d", "..", kind), 72, placeholder=" ...")
-
-
-def print_summary(manifest: dict) -> None:
-    """Counts per split and organ, what was skipped, and what looks wrong."""
-    splits = manifest["splits"]
-    table = Table(title="processed split")
-    table.add_column("")
-    for split in splits:
-        table.add_column(split, justify="right")
-    for kind in ("cases", "rows", "scans", "patients"):
-        table.add_row(kind, *(str(content[kind]) for content in splits.values()))
-    console.print(table)
-
-    organs = Table(title="organs: in the mask / mentioned / abnormal")
-    organs.add_column("")
-    for split in splits:
-        organs.add_column(split, justify="right")
-    for organ in manifest["settings"]["organ_set"]["organs"]:
-        counts = [content["organs"][organ] for content in splits.values()]
-        organs.add_row(organ, *(f"{c['present']} / {c['mentioned']} / {c['abnormal']}" for c in counts))
-    console.print(organs)
-
-    if manifest["skipped"]:
-        kinds = Counter(kind_of(entry["reason"]) for entry in manifest["skipped"])
-        skipped = Table("cases", "skipped because", title=f"{len(manifest['skipped'])} skipped")
-        for kind, count in kinds.most_common(12):
-            skipped.add_row(str(count), kind)
-        console.print(skipped)
-        for entry in manifest["skipped"][:8]:
-            console.print(f"  skipped {entry['case']}: {entry['reason']}", style="yellow", markup=False)
-        if len(manifest["skipped"]) > 8:
-            console.print("  ... all of them in manifest.json, key `skipped`", style="yellow", markup=False)
-    for entry in manifest["warnings"][:8]:
-        console.print(f"  check {entry['case']}: {entry['warning']}", style="red", markup=False)
-    if len(manifest["warnings"]) > 8:
-        console.print("  ... all of them in manifest.json, key `warnings`", style="red", markup=False)
-    never = [
-        o
-        for o in manifest["settings"]["organ_set"]["organs"]
-        if not any(c["organs"][o]["present"] for c in splits.values())
-    ]
-    if never and any(content["rows"] for content in splits.values()):
-        console.print(
-            f"in no mask: {', '.join(never)}. Right if the scans show another region; else the numbering is wrong.",
-            style="yellow",
-            markup=False,
-        )
+def remove_other_pictures(drawn: Sequence[Path], split: str) -> None:
+    """Remove pictures of other cases at the same places: from a run in which an earlier case was not there."""
+    for index, picture in enumerate(drawn):
+        for other in picture.parent.glob(f"{split}-{index:03d}-*.png"):
+            if other != picture:
+                other.unlink()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import yaml
 
-from .shards import SCHEMA, write_text
+from .shards import schema_of, write_text
 
 DECODER = '''\
 import os
@@ -22,7 +22,7 @@ from datasets import load_dataset
 
 
 def decode(row):
-    """A row's volume (int16, HU) and mask (uint8, 0 background, else place in `organs` + 1): (depth, height, width)."""
+    """A row's volume (int16, HU) and mask (uint8, {labels}): (depth, height, width)."""
     unpack = zstandard.ZstdDecompressor().decompress
     volume = np.frombuffer(unpack(row["volume"]), dtype="<i2").reshape(row["shape"])
     mask = np.frombuffer(unpack(row["mask"]), dtype="u1").reshape(row["shape"])
@@ -32,16 +32,24 @@ def decode(row):
 # Streaming reads to the end here on purpose: a program that ends in the middle of a stream may abort while it exits
 # (https://github.com/apache/arrow/issues/45214).
 folder = os.getcwd()  # run inside this folder, or put its full path here (a plain "." is not understood)
-dataset = load_dataset(folder, "volumes", split="{split}", streaming=True)  # False: any row, by a copy in the cache
+dataset = load_dataset(folder, "{config}", split="{split}", streaming=True)  # False: any row, by a copy in the cache
 for row in dataset:
     volume, mask = decode(row)
-    print(row["recon_id"], volume.shape, row["spacing"], np.unique(mask).tolist())
+    print(row["recon_id"], {more}volume.shape, row["spacing"], np.unique(mask).tolist())
 '''
+# What differs between the configs: the meaning of a mask, and what else tells one row from another.
+WORDS = {
+    "volumes": {"{labels}": "0 background, else place in `organs` + 1", "{more}": ""},
+    "organ_crops": {"{labels}": "1 where the organ is", "{more}": 'row["organ"], '},
+}
 
 LICENCES = {
     "ct_rate": (
         "Built from a release in CT-RATE's layout. CT-RATE is under CC BY-NC-SA 4.0 and its terms of access forbid "
         "handing it on; what is built from it falls under the same terms."
+    ),
+    "rad_chest_ct": (
+        "Built from RAD-ChestCT (https://zenodo.org/records/6406114); its terms hold for this folder as well."
     ),
     "folder": "The terms of the scans and reports it was built from hold for this folder as well.",
 }
@@ -56,18 +64,20 @@ def card_text(manifest: dict) -> str:
     settings = manifest["settings"]
     splits = {name: content for name, content in manifest["splits"].items() if content["rows"]}
     organs = settings["organ_set"]["organs"]
+    configs = settings.get("configs", ["volumes"])  # splits from before there was a choice
     header = {
         "configs": [
             {
-                "config_name": "volumes",
-                "default": True,
+                "config_name": config,
+                **({"default": True} if config == configs[0] else {}),
                 # `datasets` keeps one cache for all local folders of one NAME and one card: without a word about the
                 # content, a split that was built again would be read from the cache of the old one, in silence.
                 "description": f"content {content_digest(manifest)}",
-                "data_files": [{"split": name, "path": f"volumes/{name}-*.parquet"} for name in splits],
+                "data_files": [{"split": name, "path": f"{config}/{name}-*.parquet"} for name in splits],
             }
+            for config in configs
         ],
-        "dataset_info": [{"config_name": "volumes", "features": features(SCHEMA)}],
+        "dataset_info": [{"config_name": config, "features": features(schema_of(config))} for config in configs],
     }
     lines = [
         "---",
@@ -76,8 +86,10 @@ def card_text(manifest: dict) -> str:
         "",
         "# CT volumes, organ masks and organ captions",
         "",
-        f"Written by fVLM's builder `{settings['builder']}`. A row is one reconstruction: a CT volume, the mask of its",
-        "organs, what the report says of each organ, and the report itself. For research only, not for diagnosis.",
+        f"Written by fVLM's builder `{settings['builder']}`. A row of config `volumes` is one reconstruction: a CT",
+        "volume, the mask of its organs, what the report says of each organ, and the report itself. A row of",
+        "`organ_crops` is one organ of it: the CT around that organ, its mask and what the report says of it. Here:",
+        f"{' and '.join(f'`{config}`' for config in configs)}. For research only, not for diagnosis.",
         "",
         *_table(
             ["split", "rows", "scans", "patients", "skipped"],
@@ -102,16 +114,31 @@ def card_text(manifest: dict) -> str:
         "## Geometry and values",
         "",
         *geometry_lines(settings),
-        "- `volume` is int16 in Hounsfield units, not windowed. `mask` is uint8: 0 background, else the label below.",
+        "- `volume` is int16 in Hounsfield units, not windowed. `mask` is uint8: 0 background, else "
+        + ("the label below." if configs[0] == "volumes" else "1, the organ of the row."),
+        *(
+            ["- In `organ_crops` a scan is cut once more, to one organ and the same margin as far as the scan goes."]
+            if "organ_crops" in configs
+            else []
+        ),
         "",
         "## Read it",
         "",
         "Needs `datasets`, `zstandard` and `numpy`, nothing else:",
         "",
         "```python",
-        DECODER.replace("{split}", next(iter(splits))).rstrip(),
+        decoder(configs[0], next(iter(splits))),
         "```",
         "",
+        *(
+            [
+                "Config `organ_crops` is read alike, by its name. It has the columns `organ`, `caption`, `is_abnormal`",
+                "and `is_mentioned` of one organ, and a mask that is 1 where the organ is.",
+                "",
+            ]
+            if len(configs) > 1
+            else []
+        ),
         "## Organs",
         "",
         f"Organ set `{settings['organ_set']['name']}`: how many cases hold the organ in their mask, speak of it, and",
@@ -137,6 +164,14 @@ def card_text(manifest: dict) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def decoder(config: str, split: str) -> str:
+    """The code that reads a config, with nothing of ours."""
+    text = DECODER.rstrip()
+    for mark, word in {**WORDS[config], "{config}": config, "{split}": split}.items():
+        text = text.replace(mark, word)
+    return text
 
 
 def geometry_lines(settings: dict) -> list[str]:

@@ -4,15 +4,22 @@ Also the small readers every builder needs: CSV files whose missing columns are 
 that may not leave the folder they belong to.
 """
 
+from __future__ import annotations
+
 import csv
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING
 
 from modeling_fvlm.processed_split import natural_key
+
+if TYPE_CHECKING:
+    from .sources import RemoteFile
 
 SPLITS = ("train", "validation")
 
@@ -33,14 +40,23 @@ class Case:
     `organ_texts` is given where the source brings the captions by organ; otherwise the report is decomposed. A case
     that cannot be built, as is known before its volume is opened, carries the reason in `skip_reason`; if the release
     itself leaves it out, `is_excluded` says that nothing is wrong with it.
+
+    Attributes:
+        volume: A file, or the folder or archive of a DICOM series.
+        mask: A file of labels, or (numbering "structures") a folder with one file per structure.
+        affine: 4 x 4, stored indices to mm in RAS+, for a volume whose header is blank. A mask keeps its own header,
+            and takes this affine where that is blank, too.
+        rescale: (slope, intercept) that the source declares for the volume's stored values; None: the file's own.
+        series_uid: Which series of a DICOM place that holds several.
+        duplicate_of: recon_id of the case whose report has the same words.
     """
 
     split: str
     patient_id: str
     scan_id: str
     recon_id: str
-    volume: Path | None = None
-    mask: Path | None = None
+    volume: Path | RemoteFile | None = None
+    mask: Path | RemoteFile | None = None
     numbering: str = "totalsegmentator_v2"
     findings: str = ""
     impression: str = ""
@@ -48,6 +64,10 @@ class Case:
     labels: tuple[tuple[str, int], ...] = ()
     skip_reason: str | None = None
     is_excluded: bool = False
+    affine: tuple[tuple[float, ...], ...] | None = None
+    rescale: tuple[float, float] | None = None
+    series_uid: str | None = None
+    duplicate_of: str | None = None
 
 
 class Row(dict):
@@ -93,15 +113,31 @@ def source_fingerprint(cases: Sequence[Case]) -> str:
     """
     digest = hashlib.sha256()
     for case in cases:
-        files = [[path.name, path.stat().st_size] for path in (case.volume, case.mask) if path and path.is_file()]
+        files = [entry for file in (case.volume, case.mask) if file is not None for entry in names_and_sizes(file)]
         texts = {
             organ: [text.impression, text.findings, text.is_abnormal]
             for organ, text in (case.organ_texts or {}).items()
         }
         row = [case.split, case.patient_id, case.scan_id, case.recon_id, files, case.numbering, case.findings]
         row += [case.impression, texts, case.labels, case.skip_reason]
+        # Only what is given: the hash of a source that has none of it stays what it was before these fields came.
+        given = {name: getattr(case, name) for name in ("affine", "rescale", "series_uid", "duplicate_of")}
+        row += [{name: value} for name, value in given.items() if value is not None]
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
+
+
+def names_and_sizes(file: Path | RemoteFile) -> list[list]:
+    """Name and size of a file, of every file in a folder, or of a remote file with its version where that is known."""
+    if not isinstance(file, Path):
+        return [[file.name, file.size, *([file.etag] if file.etag is not None else [])]]
+    if file.is_file():
+        return [[file.name, file.stat().st_size]]
+    return sorted(
+        [(Path(folder) / name).relative_to(file.parent).as_posix(), (Path(folder) / name).stat().st_size]
+        for folder, _, names in os.walk(file)
+        for name in names
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

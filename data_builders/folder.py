@@ -1,6 +1,6 @@
-"""Build a processed split from a folder of NIfTI volumes, a folder of multilabel masks, and reports or captions.
+"""Build a processed split from your own CT volumes, organ masks, and reports or captions.
 
-Reports in a CSV with the columns id, findings, impression; volume and mask are found by the id in their file names:
+Reports in a CSV with the columns id, findings, impression; volume and mask are found by the id in their names:
     python -m data_builders folder --volumes scans --masks masks --reports reports.csv --out out/split
 
 Other column names, and one tenth of the patients for validation:
@@ -11,51 +11,73 @@ Reports as JSON, and a table that says which volume, mask and report belong toge
     python -m data_builders folder --volumes scans --masks masks --reports reports.json --table cases.csv \\
         --out out/split
 
+DICOM series without masks, which TotalSegmentator makes first (pip install "fvlm[segment]"):
+    python -m data_builders folder --volumes dicom --segment --reports reports.csv --out out/split
+
+Captions by organ as the published release has them:
+    python -m data_builders folder --volumes scans --masks masks --desc_info desc_info.json \\
+        --conc_info conc_info.json --organs chest_4 --out out/split
+
+Volumes: NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd), and DICOM series as folder or zip. Masks:
+one multilabel file of the first three formats, or a folder with one file per structure under TotalSegmentator's names
+(p_1/liver.nii.gz or p_1/segmentations/liver.nii.gz); names that are no structure's are left out. Each is turned by its
+own header; volume and mask have to lie on one grid, the order of their axes may differ. Volumes are stored in HU: the
+window belongs to the model, and stands in its config.
+
 Columns of the table (--table, or the CSV of reports itself); only `id` or `volume` must be there:
     id            name of the case; default: file name of the volume without ending
-    volume, mask  file names inside --volumes and --masks; default: the one file named as the id, or beginning with it
+    volume, mask  file or folder inside --volumes and --masks; default: the one file, zip or folder named as the id, or
+                  what a folder named as the id holds, or the same for names that go on after the id
+    series        of a DICOM folder or zip with several CT series the one to read: SeriesInstanceUID or series number
     patient_id, scan_id     default: the id. Splits are by patient; without a column patient_id, by id
     split         train or validation; without this column --validation_fraction of the patients, drawn by --seed
     numbering     how the mask's labels are numbered, where this differs from case to case; default: --numbering.
                   A .yaml file lies in the folder of the table
     findings, impression    the report
-    report        id of the report in --reports; default: the id
+    report        id of the report in --reports, or of the scan in the files of captions; default: the id or scan_id
     caption:lung, abnormal:lung    ready caption of an organ, and 1 or 0 (default: judged from the caption's words)
     label:Pleural effusion         1, 0, -1 unknown, for evaluation
+CSV: UTF-8, separated by commas, semicolons or tabs.
 JSON: a list of {"id", "findings", "impression"}, or {id: {...}}; with "organs": {organ: {"findings": [sentences],
 "impression": [sentences], "abnormal": true or false}} the captions are taken from there.
 """
 
 import argparse
-import json
+import os
 import random
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
-from modeling_fvlm.organs import NUMBERINGS
+from modeling_fvlm.dicom import DicomSeries, find_series
+from modeling_fvlm.organs import NUMBERINGS, STRUCTURE_NAMES, load_organ_set
 from modeling_fvlm.processed_split import natural_key
+from modeling_fvlm.reading import BadVolumeError, read_affine
 
-from .build import Settings, add_build_arguments, build, console, settings_from_args
-from .cases import (
-    SPLITS,
-    Case,
-    OrganText,
-    Row,
-    check_columns,
-    nearest,
-    read_csv,
-    read_label,
-    resolve_inside,
+from . import segment
+from .build import Settings, add_build_arguments, build, settings_from_args
+from .cases import SPLITS, Case, Row, nearest, read_label, resolve_inside, sort_cases
+from .folder_files import STRUCTURES, Archive, find_mask, find_volume, hint, is_zip, list_archive, stem_of
+from .folder_reports import (
+    Report,
+    captions_of_row,
+    check_caption_columns,
+    check_texts,
+    read_all_info,
+    read_ready_reports,
+    read_reports,
+    read_table,
+    rows_of_names,
 )
-from .decompose import is_abnormal_sentence, split_sentences
+from .progress import stopping_cleanly
+from .run_cases import STRUCTURES as STRUCTURES_NUMBERING
+from .run_cases import label_tables
+from .summary import console
 
-OWN_COLUMNS = (
-    *("id", "volume", "mask", "patient_id", "scan_id", "split", "numbering", "findings", "impression", "report"),
-)
-PREFIXES = ("caption:", "abnormal:", "label:")
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -63,13 +85,18 @@ SPLIT_NAMES = {
     "valid": "validation",
     "val": "validation",
 }
-TRUE_FALSE = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+SERIES_UID = re.compile(r"\d+(\.\d+)+")
+CASES_TO_COMPARE = 8  # headers read to see whether volumes and masks store their axes in one order
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("source")
-    group.add_argument("--volumes", type=Path, required=True, help="Folder of CT volumes, .nii or .nii.gz, in HU.")
-    group.add_argument("--masks", type=Path, help="Folder of multilabel masks (default: the folder of the volumes).")
+    group.add_argument(
+        "--volumes", type=Path, required=True, help="Folder of CT volumes: NIfTI, NRRD, MetaImage, DICOM; see above."
+    )
+    group.add_argument(
+        "--masks", type=Path, help="Folder of masks, multilabel or by structure (default: the folder of the volumes)."
+    )
     group.add_argument("--reports", type=Path, help="CSV or JSON with reports or captions; see above.")
     group.add_argument("--table", type=Path, help="CSV that says what belongs together (default: the CSV of reports).")
     group.add_argument(
@@ -79,6 +106,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OURS=YOURS",
         help="Your names of the columns above, e.g. id=accession findings=report_text.",
     )
+    group.add_argument(
+        "--desc_info",
+        type=Path,
+        help="desc_info.json of the published release: what the findings say of each organ. Needs --conc_info.",
+    )
+    group.add_argument(
+        "--conc_info",
+        type=Path,
+        help="conc_info.json: what the impression says of each organ. An organ it speaks of is abnormal.",
+    )
+    group.add_argument("--all_info", type=Path, help="Both in one file, as a fork of the release has them.")
     group.add_argument(
         "--numbering",
         default="totalsegmentator_v2",
@@ -92,53 +130,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Part of the patients that goes to validation where the table has no column split (default: 0.1).",
     )
     group.add_argument("--seed", type=int, default=0, help="Seed of that draw (default: 0).")
-    add_build_arguments(parser, organs="body_24")
+    segment.add_arguments(parser)
+    add_build_arguments(parser, organs="body_24", ids="hashed")
 
 
 @dataclass(frozen=True)
-class Report:
-    """One report of --reports: its text, and its captions where the file brings them."""
+class Texts:
+    """Where the texts of a case are looked up.
 
-    findings: str
-    impression: str
-    organ_texts: dict[str, OrganText] | None = None
+    Attributes:
+        reports: Of --reports by their id; None where the table's rows hold them.
+        captions: Of the files of the published release by scan; None without such files.
+        report_file, caption_files: Their names, for messages.
+    """
+
+    reports: dict[str, Report] | None
+    captions: dict[str, Report] | None
+    report_file: str
+    caption_files: str
 
 
 def run(args: argparse.Namespace) -> int:
     check_arguments(args)
-    table_path = args.table or args.reports
-    columns, rows = read_table(table_path, args.columns)
+    ready = [path for path in (args.desc_info, args.conc_info, args.all_info) if path is not None]
+    captions = read_captions(args, load_organ_set(args.organs).organs) if ready else None
+    table_path = args.table or args.reports or ready[0]
+    has_table = args.table is not None or args.reports is not None
+    columns, rows = read_table(table_path, args.columns) if has_table else rows_of_names(list(captions))
     check_patients(rows, table_path)
-    numberings = read_numberings(rows, args.numbering, table_path.parent)
     settings = settings_from_args(
         args,
         "folder",
-        numberings=numberings,
+        numberings=read_numberings(rows, args.numbering, table_path.parent),
         validation_fraction=None if "split" in columns else args.validation_fraction,
         seed=None if "split" in columns else args.seed,
         **({} if "patient_id" in columns else {"splits_by": "id"}),
+        **({"ready_captions": [path.name for path in ready]} if ready else {}),
     )
     # A CSV of reports that is the table itself has its texts in the rows; everything else is looked up by id.
     has_own_reports = args.reports is not None and (args.table is not None or args.reports.suffix.lower() == ".json")
     reports = read_reports(args.reports, settings) if has_own_reports else None
-    check_texts(columns, table_path, reports)
+    if reports is None and captions is None:
+        check_texts(columns, table_path)
     check_caption_columns(columns, table_path, settings)
-    volumes, masks = nifti_files(args.volumes), nifti_files(args.masks or args.volumes)
-    if not volumes:
-        raise ValueError(f"--volumes: there is no .nii or .nii.gz file in {args.volumes}.")
+    if captions is not None and any(name.startswith("caption:") for name in columns):
+        raise ValueError(f"{table_path.name} has columns caption:ORGAN beside {ready[0].name}; give captions once.")
+
+    without = [args.out, *([args.segment_out] if args.segment else [])]
+    volumes = list_archive(args.volumes, without)
+    masks = volumes if args.masks in (None, args.volumes) else list_archive(args.masks, without)
+    if not volumes.files and not volumes.slice_folders:
+        raise ValueError(
+            f"--volumes: there is no .nii.gz, .nrrd, .mha or zip file in {args.volumes}, and no folder of DICOM slices "
+            "(slices need a folder of their own inside it, named as the case)."
+        )
     validation = validation_patients(rows, args.validation_fraction, args.seed)
-    cases = [read_case(row, args, settings, reports, volumes, masks, validation, table_path) for row in rows]
-    used = {case.volume for case in cases} | {case.mask for case in cases}
-    unused = [path for path in volumes if path not in used]
-    if unused:
-        console.print(f"{len(unused)} files in --volumes belong to no row of {table_path.name}, e.g. {unused[0].name}")
+    texts = Texts(reports, captions, (args.reports or table_path).name, " and ".join(path.name for path in ready))
+    cases = [read_case(row, args, settings, texts, volumes, masks, validation, table_path) for row in rows]
+    tell_what_was_found(cases, volumes, masks, table_path, is_hashed=args.ids == "hashed")
+    settings = with_numberings_in_use(settings, cases)
+    if args.segment:
+        sort_cases(cases)  # an id that comes twice is told before hours of segmentation, not after
+        with stopping_cleanly(args.segment_out):
+            cases = segment.make_masks(cases, args)
     return build(cases, settings, args)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Fail on impossible combinations before any file is read."""
-    if args.reports is None and args.table is None:
-        raise ValueError("give --reports (CSV or JSON), or --table (CSV) with the reports or captions in its columns.")
+    if (args.desc_info is None) != (args.conc_info is None):
+        missing = "--conc_info" if args.conc_info is None else "--desc_info"
+        raise ValueError(f"--desc_info and --conc_info belong together: give {missing} as well.")
+    if args.all_info is not None and args.desc_info is not None:
+        raise ValueError("--all_info holds what --desc_info and --conc_info hold: give the one or the others.")
+    if not any((args.reports, args.table, args.desc_info, args.all_info)):
+        raise ValueError(
+            "give --reports (CSV or JSON), --table (CSV) with the reports or captions in its columns, or captions that "
+            "are ready (--desc_info and --conc_info)."
+        )
     for name in ("volumes", "masks"):
         path = getattr(args, name)
         if path is not None and not path.is_dir():
@@ -147,148 +216,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--validation_fraction {args.validation_fraction} must be at least 0 and below 1.")
     if args.table is not None and args.table.suffix.lower() == ".json":
         raise ValueError(f"--table {args.table} must be a CSV; a JSON of reports goes to --reports.")
+    segment.check_arguments(args)
 
 
-def read_table(path: Path, columns: Sequence[str]) -> tuple[list[str], list[Row]]:
-    """Columns and rows under our names; from a JSON of reports one row per entry."""
-    if path.suffix.lower() == ".json":
-        if columns:
-            raise ValueError("--columns renames the columns of a CSV; the keys of a JSON are fixed.")
-        return ["id"], [Row({"id": name}, place) for place, name in enumerate(read_json(path), start=1)]
-    renamed = {}
-    for pair in (pair for argument in columns for pair in argument.split(",")):
-        ours, equals, theirs = pair.partition("=")
-        if not equals or not theirs or not (ours in OWN_COLUMNS or ours.startswith(PREFIXES)):
-            known = [*OWN_COLUMNS, *(f"{prefix}..." for prefix in PREFIXES)]
-            raise ValueError(f"--columns {pair!r} is not OURS=YOURS with OURS one of {known}{nearest(ours, known)}.")
-        renamed[theirs] = ours
-    present, rows = read_csv(path)
-    check_columns(path, present, renamed)
-    names = [renamed.get(name, name) for name in present]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--columns gives one name to two columns of {path.name}: {names}.")
-    if "id" not in names and "volume" not in names:
-        raise ValueError(
-            f"{path.name} has neither a column 'id' nor 'volume'; it has {present}{nearest('id', present)}. "
-            "Say which it is with --columns id=..."
-        )
-    return names, [Row({renamed.get(name, name): cell for name, cell in row.items()}, row.line) for row in rows]
-
-
-def read_json(path: Path) -> dict[str, dict]:
-    """Entries of a JSON of reports by their id."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"--reports: there is no file {path}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is no JSON: {error}.") from None
-    if isinstance(content, dict):
-        content = [{"id": name, **entry} if isinstance(entry, dict) else entry for name, entry in content.items()]
-    entries = {}
-    for place, entry in enumerate(content if isinstance(content, list) else [content]):
-        if not isinstance(entry, dict) or "id" not in entry:
-            raise ValueError(f'{path.name}: entry {place} is not of the form {{"id", "findings", "impression"}}.')
-        if str(entry["id"]) in entries:
-            raise ValueError(f"{path.name}: the id {str(entry['id'])!r} comes twice.")
-        entries[str(entry["id"])] = entry
-    return entries
-
-
-def read_reports(path: Path, settings: Settings) -> dict[str, Report]:
-    """Reports by their id, from CSV or JSON."""
-    reports: dict[str, Report] = {}
-    if path.suffix.lower() != ".json":
-        columns, rows = read_csv(path, ["id"])
-        check_texts(columns, path, None, "rename them in that file (--columns is for the table)")
-        check_caption_columns(columns, path, settings)
-        for row in rows:
-            if row["id"] in reports:
-                raise ValueError(f"{path.name}, line {row.line}: the id {row['id']!r} comes twice.")
-            texts = captions_of_row(row, path, settings)
-            reports[row["id"]] = Report(row.get("findings", ""), row.get("impression", ""), texts)
-        return reports
-    for name, entry in read_json(path).items():
-        texts = None
-        if "organs" in entry:
-            texts = {}
-            for organ, said in entry["organs"].items():
-                if is_in_set(organ, f"{path.name}, {name}", settings):
-                    impression, findings = (as_sentences(said.get(key)) for key in ("impression", "findings"))
-                    abnormal = said.get("abnormal")
-                    texts[organ] = organ_text(impression, findings, abnormal, settings)
-        reports[name] = Report(str(entry.get("findings") or ""), str(entry.get("impression") or ""), texts)
-    return reports
-
-
-def as_sentences(said: str | Sequence[str] | None) -> tuple[str, ...]:
-    """What a report's JSON says of an organ: a list of sentences, or one text."""
-    return (said,) if isinstance(said, str) else tuple(said or ())
-
-
-def organ_text(
-    impression: Sequence[str], findings: Sequence[str], abnormal: bool | None, settings: Settings
-) -> OrganText:
-    """Ready sentences of one organ; judged by the lexicon's cues where the source does not say."""
-    if abnormal is None:
-        sentences = [sentence for text in (*impression, *findings) for sentence in split_sentences(text)]
-        abnormal = any(is_abnormal_sentence(sentence, settings.lexicon) for sentence in sentences)
-    return OrganText(tuple(impression), tuple(findings), bool(abnormal))
-
-
-def is_in_set(organ: str, place: str, settings: Settings) -> bool:
-    """Whether captions of this organ are wanted. Organs of other sets are left out; a name nobody knows is an error."""
-    if organ in settings.organ_set.organs:
-        return True
-    if organ in settings.lexicon.terms:
-        return False
-    organs = list(settings.organ_set.organs)
-    raise ValueError(f"{place}: organ {organ!r} is not in the organ set {organs}{nearest(organ, organs)}.")
-
-
-def check_texts(
-    columns: Sequence[str],
-    path: Path,
-    reports: dict[str, Report] | None,
-    mend: str = "say which it is with --columns findings=..., or give --reports",
-) -> None:
-    """Raise a ValueError where there is nothing to make captions of; `mend` is what to do then."""
-    has_text = {"findings", "impression"} & set(columns) or any(name.startswith("caption:") for name in columns)
-    if reports is None and not has_text:
-        raise ValueError(
-            f"{path.name} has no column findings, impression or caption:ORGAN; it has {list(columns)}"
-            f"{nearest('findings', columns)}. To mend it, {mend}."
-        )
-
-
-def check_caption_columns(columns: Sequence[str], path: Path, settings: Settings) -> None:
-    for name in columns:
-        prefix, colon, organ = name.partition(":")
-        if colon and f"{prefix}:" in ("caption:", "abnormal:"):
-            is_in_set(organ, f"{path.name}, column {name!r}", settings)
-
-
-def captions_of_row(row: Row, path: Path, settings: Settings) -> dict[str, OrganText] | None:
-    """Ready captions out of the columns caption:ORGAN and abnormal:ORGAN, or None where the row has none.
-
-    Raises:
-        ValueError: If abnormal:ORGAN is none of 1 and 0, or set for an organ without a caption.
-    """
-    for name, cell in row.items():
-        prefix, _, organ = name.partition(":")
-        if prefix == "abnormal" and cell and not row.get(f"caption:{organ}"):
-            raise ValueError(f"{path.name}, line {row.line}: {name} is {cell!r}, but there is no caption:{organ}.")
-    if not any(cell for name, cell in row.items() if name.startswith("caption:")):
-        return None  # the report is decomposed
-    texts = {}
-    for organ in settings.organ_set.organs:
-        caption = row.get(f"caption:{organ}", "")
-        if caption:
-            cell = row.get(f"abnormal:{organ}", "").lower()
-            if cell and cell not in TRUE_FALSE:
-                raise ValueError(f"{path.name}, {row.get('id')}: abnormal:{organ} is {cell!r}; write 1 or 0.")
-            texts[organ] = organ_text((), (caption,), TRUE_FALSE.get(cell), settings)
-    return texts
+def read_captions(args: argparse.Namespace, organs: Sequence[str]) -> dict[str, Report]:
+    """Captions that are ready, by scan."""
+    if args.all_info is not None:
+        return read_all_info(args.all_info, organs)
+    return read_ready_reports(args.desc_info, args.conc_info, organs)
 
 
 def read_numberings(rows: Sequence[Row], default: str, folder: Path) -> dict[str, str | dict[int, str | None]]:
@@ -354,7 +289,7 @@ def patient_of(row: dict[str, str]) -> str:
     return row.get("patient_id") or case_id(row)
 
 
-def read_case(row, args, settings, reports, volumes, masks, validation, table_path) -> Case:
+def read_case(row, args, settings, texts, volumes, masks, validation, table_path) -> Case:
     """One row of the table as a case; what is missing becomes its skip reason."""
     name = case_id(row)
     if not name:
@@ -362,22 +297,19 @@ def read_case(row, args, settings, reports, volumes, masks, validation, table_pa
     split = SPLIT_NAMES.get(row["split"].lower()) if "split" in row else None
     if "split" in row and split is None:
         raise ValueError(f"{table_path.name}, {name}: split {row['split']!r} is none of {list(SPLITS)}.")
-    volume, no_volume = find_file(row.get("volume"), name, args.volumes, volumes, "volume")
-    others = [path for path in masks if path != volume]
-    mask, no_mask = find_file(row.get("mask"), name, args.masks or args.volumes, others, "mask")
+    volume = find_volume(row.get("volume"), name, volumes)
+    mask = find_mask(row.get("mask"), name, masks, volume.place)
     numbering = numbering_key(row.get("numbering") or args.numbering, args.numbering)
+    if mask.is_absent and args.segment:
+        mask = mask._replace(place=args.segment_out / f"{name}.nii.gz", reason=None)
+        numbering = segment.NUMBERING
+    elif mask.place is not None and mask.place.is_dir():
+        numbering = STRUCTURES_NUMBERING
+    series_uid, no_series = None, None
+    if row.get("series") and volume.place is not None:
+        series_uid, no_series = find_series_uid(row["series"], volume.place)
 
-    texts = captions_of_row(row, table_path, settings)
-    report = Report(row.get("findings", ""), row.get("impression", ""), texts)
-    no_report = None
-    if reports is not None and not (report.findings or report.impression or texts):
-        wanted = row.get("report") or name
-        if wanted in reports:
-            report = reports[wanted]
-        else:
-            no_report = f"there is no report {wanted!r} in {args.reports.name}{nearest(wanted, reports)}"
-    if no_report is None and not (report.findings or report.impression or report.organ_texts):
-        no_report = "report is empty"
+    report, no_report = find_report(row, name, settings, texts, table_path)
     labels = tuple(
         (column.removeprefix("label:"), read_label(cell, f"{table_path.name}, {name}"))
         for column, cell in row.items()
@@ -388,53 +320,113 @@ def read_case(row, args, settings, reports, volumes, masks, validation, table_pa
         patient_id=patient_of(row),
         scan_id=row.get("scan_id") or name,
         recon_id=name,
-        volume=volume,
-        mask=mask,
+        volume=volume.place,
+        mask=mask.place,
         numbering=numbering,
         findings=report.findings,
         impression=report.impression,
         organ_texts=report.organ_texts,
         labels=labels,
-        skip_reason=no_volume or no_mask or no_report,
+        skip_reason=volume.reason or mask.reason or no_series or no_report,
+        series_uid=series_uid,
     )
 
 
-def nifti_files(folder: Path) -> list[Path]:
-    """All NIfTI files of a folder and its subfolders."""
-    return sorted(path for path in folder.rglob("*") if path.name.lower().endswith((".nii", ".nii.gz")))
+def find_series_uid(cell: str, place: Path) -> tuple[str | None, str | None]:
+    """The SeriesInstanceUID that a cell of the column series means, or None and the reason."""
+    if not (place.is_dir() or is_zip(place)):
+        return None, f"the column series holds {cell!r}, but the volume {place.name} is no DICOM folder or zip"
+    if SERIES_UID.fullmatch(cell):
+        return cell, None  # reading tells if it is not there
+    if not cell.isdecimal():
+        return None, f"the column series holds {cell!r}, which is neither a SeriesInstanceUID nor a series number"
+    try:
+        present = find_series(place)
+    except BadVolumeError as error:
+        return None, str(error).replace(f"{place.parent}{os.sep}", "")
+    numbered = [series for series in present if series.number == int(cell)]
+    usable = [series for series in numbered if series.unusable is None] or numbered
+    if len(usable) == 1:
+        return usable[0].series_uid, None
+    problem = f"{len(usable)} series have" if usable else "no series has"
+    return None, f"{problem} the number {int(cell)} in {place.name}; it holds {listed(present)}"
 
 
-def stem_of(path: Path) -> str:
-    """File name without .nii or .nii.gz."""
-    name = path.name
-    for ending in (".nii.gz", ".nii"):
-        if name.lower().endswith(ending):
-            return name[: -len(ending)]
-    return name
+def listed(present: Sequence[DicomSeries]) -> str:
+    return ", ".join(series.description for series in present[:8]) or "no DICOM series"
 
 
-def find_file(
-    named: str | None, name: str, folder: Path, files: Sequence[Path], what: str
-) -> tuple[Path | None, str | None]:
-    """The file that a row names, or else the one that is named after the case; or None and the reason.
+def find_report(row: Row, name: str, settings: Settings, texts: Texts, table_path: Path) -> tuple[Report, str | None]:
+    """What is said of the scan of a row, and the reason if that is nothing."""
+    report = Report(row.get("findings", ""), row.get("impression", ""), captions_of_row(row, table_path, settings))
+    wanted = [row["report"]] if row.get("report") else [key for key in (name, row.get("scan_id")) if key]
+    has_own = bool(report.findings or report.impression or report.organ_texts)
+    no_report = None
+    if texts.reports is not None and not has_own:
+        found = next((texts.reports[key] for key in wanted if key in texts.reports), None)
+        if found is None:
+            no_report = f"there is no report {wanted[0]!r} in {texts.report_file}{hint(wanted[0], texts.reports)}"
+        report = found or report
+    if texts.captions is not None:
+        found = next((texts.captions[key] for key in wanted if key in texts.captions), None)
+        if found is None:
+            near = hint(wanted[0], texts.captions)
+            return report, f"there are no captions of {wanted[0]!r} in {texts.caption_files}{near}"
+        whole = report if report.findings or report.impression else found
+        return replace(found, findings=whole.findings, impression=whole.impression), None
+    if no_report is None and not (report.findings or report.impression or report.organ_texts):
+        no_report = "report is empty"
+    return report, no_report
 
-    Raises:
-        ValueError: If the row names a file outside the folder.
-    """
-    if named:
-        path = resolve_inside(folder, named)
-        return (path, None) if path.is_file() else (None, f"{what} file {named} is missing{nearest_file(named, files)}")
-    exact = [path for path in files if stem_of(path) == name]
-    # After the id something that is no letter or digit, or train_1 would take the files of train_10.
-    longer = [path for path in files if stem_of(path).startswith(name) and not stem_of(path)[len(name) :][:1].isalnum()]
-    found = exact or longer
-    if len(found) == 1:
-        return found[0], None
-    if found:
-        names = [path.name for path in found[:4]]
-        return None, f"several files fit as {what}: {names}; name one in a column {what!r}"
-    return None, f"{what} file is missing: none is named {name}.nii.gz or {name}_*.nii.gz"
+
+def with_numberings_in_use(settings: Settings, cases: Sequence[Case]) -> Settings:
+    """The settings with the numberings that show only when the masks are found: of structures, and of masks we make."""
+    in_use = {case.numbering for case in cases if case.skip_reason is None} - settings.numberings.keys()
+    found = {}
+    for name in sorted(in_use):
+        is_structures = name == STRUCTURES_NUMBERING
+        found[name] = dict(enumerate(STRUCTURE_NAMES, start=1)) if is_structures else name
+    settings = replace(settings, numberings={**settings.numberings, **found}) if found else settings
+    label_tables(settings)  # as in settings_from_args: what does not fit the organ set fails here, not in a worker
+    return settings
 
 
-def nearest_file(name: str, files: Sequence[Path]) -> str:
-    return nearest(name, [path.name for path in files])
+def tell_what_was_found(
+    cases: Sequence[Case], volumes: Archive, masks: Archive, table_path: Path, is_hashed: bool
+) -> None:
+    """Print what lies there and is not used, and what is used otherwise than it lies there."""
+    used = [path for case in cases for path in (case.volume, case.mask)]
+    unused = volumes.unused(used)
+    if unused:
+        names = "" if is_hashed else f", e.g. {unused[0].relative_to(volumes.root)}"
+        tell(f"{len(unused)} files and folders in --volumes belong to no row of {table_path.name}{names}")
+    left_out = Counter(name for case in cases for name in masks.structures.get(case.mask, ()) if name not in STRUCTURES)
+    if left_out:
+        told = [f"{name} in {count} cases{nearest(name, STRUCTURE_NAMES)}" for name, count in left_out.most_common(8)]
+        tell(f"left out of the mask folders, as no structure of TotalSegmentator has that name: {', '.join(told)}")
+    compared = turned = 0
+    for case in cases:
+        if case.skip_reason is None and case.mask.is_file() and case.volume.is_file() and not is_zip(case.volume):
+            try:
+                turned += axes_of(case.volume) != axes_of(case.mask)
+            except (ValueError, OSError, ImportError):  # the build says what is wrong with it
+                continue
+            compared += 1
+            if compared == CASES_TO_COMPARE:
+                break
+    if turned:
+        tell(
+            f"in {turned} of {compared} cases looked at, volume and mask store their axes in different orders: each is "
+            "turned by its own header, nothing has to be mended. Where their grids differ the case will be skipped."
+        )
+
+
+def tell(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)  # a file name may hold brackets
+
+
+def axes_of(path: Path) -> tuple[str, ...]:
+    """The order of a file's axes by its header, such as ("R", "A", "S")."""
+    import nibabel
+
+    return nibabel.aff2axcodes(read_affine(path))

@@ -32,19 +32,19 @@ def shard_rows(folder: Path, split: str) -> Iterator[dict]:
 
 def write_previews(folder: Path, split: str, num_cases: int, out: Path) -> list[Path]:
     """Draw the first cases of a split; pictures that are there already stay as they are."""
-    written = []
     if num_cases < 1:
-        return written
+        return []
+    return [draw_missing(row, split, index, out) for index, row in zip(range(num_cases), shard_rows(folder, split))]
+
+
+def draw_missing(row: dict, split: str, index: int, out: Path) -> Path:
+    """Draw the row at that place of the split into the folder `out`, unless its picture is there; returns the file."""
     out.mkdir(parents=True, exist_ok=True)
-    for index, row in enumerate(shard_rows(folder, split)):
-        if index == num_cases:
-            break
-        # The place in front: two ids that differ in a forbidden character alone would share a file.
-        path = out / f"{split}-{index:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', row['recon_id'])}.png"
-        if not path.is_file():
-            draw_case(row, path)
-        written.append(path)
-    return written
+    # The place in front: two ids that differ in a forbidden character alone would share a file.
+    path = out / f"{split}-{index:03d}-{re.sub(r'[^A-Za-z0-9._-]', '_', row['recon_id'])}.png"
+    if not path.is_file():
+        draw_case(row, path)
+    return path
 
 
 def draw_case(row: dict, path: Path) -> None:

@@ -3,11 +3,16 @@
 A shard is written under a temporary name and renamed when complete; beside it, while the build lasts, lies a record of
 what went in and what was left out. Which case goes to which shard is fixed before the first volume is opened, and no
 time or path is written, so a build that was killed and continued ends in the same bytes as one that was not.
+
+Files reach the disk before the name under which they count as complete: after a power cut there is a whole shard or
+none, as after a kill.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +24,11 @@ import pyarrow.parquet as pq
 from .cases import Case
 
 PROGRESS_FOLDER = ".building"  # records of finished shards; gone when the manifest is written
+CONFIGS = ("volumes", "organ_crops")  # each is a folder of Parquet shards
+
+# Why a case was skipped whose file was taken away during the build. A build that is run again tries it again: every
+# other reason lies in the file itself or in the tables, and comes back the same.
+VANISHED = "was there when the build began, and is gone"
 
 # Config `volumes`: a row is one reconstruction.
 SCHEMA = pa.schema(
@@ -52,18 +62,32 @@ SCHEMA = pa.schema(
 
 @dataclass
 class BuiltRow:
-    """What became of one case: a row with what to count of it, or the reason why there is none."""
+    """What became of one case: a row with what to count of it, or the reason why there is none.
+
+    Attributes:
+        row: A row of config `volumes`.
+        organ_crops: Its rows of config `organ_crops`, where that is written.
+        warnings: What looks odd about the case, which is written nevertheless.
+        is_vanished: Whether it is skipped because a file was taken away since the build began.
+        stop_reason: Why nothing can be built at present: the source does not answer, or a disk is full.
+    """
 
     recon_id: str
     row: dict | None = None
     organs_present: tuple[str, ...] = ()
-    warning: str | None = None
+    warnings: tuple[str, ...] = ()
     skip_reason: str | None = None
+    organ_crops: list[dict] = field(default_factory=list)
+    is_vanished: bool = False
+    stop_reason: str | None = None
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A place in the split: file name relative to the split's folder, and the cases that belong there."""
+    """A place in the split: file name relative to the split's folder, and the cases that belong there.
+
+    `file` is that of config `volumes`, and names the shard whatever configs are written.
+    """
 
     split: str
     file: str
@@ -72,7 +96,17 @@ class Shard:
 
 @dataclass
 class ShardRecord:
-    """What lies in a finished shard. `file` is None where every case was skipped: then no file is written."""
+    """What lies in a finished shard. Where `sha256` is None there is no file: all cases were skipped, or config
+    `volumes` is not written.
+
+    Attributes:
+        split, file: As of the shard.
+        rows: Cases that were written.
+        bytes, sha256: Of the file of config `volumes`.
+        organ_crops: `file`, `rows`, `bytes` and `sha256` of config `organ_crops`, where that is written.
+        skipped, warnings: Entries of the manifest.
+        counts: organ -> in how many cases it is present, mentioned, abnormal.
+    """
 
     split: str
     file: str
@@ -81,7 +115,21 @@ class ShardRecord:
     sha256: str | None = None
     skipped: list[dict] = field(default_factory=list)
     warnings: list[dict] = field(default_factory=list)
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # organ -> present, mentioned, abnormal
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    organ_crops: dict | None = None
+
+    def as_json(self) -> dict:
+        """The record as it stands in the manifest."""
+        return {name: value for name, value in vars(self).items() if name != "organ_crops" or value is not None}
+
+    def files(self) -> list[dict]:
+        """`file`, `bytes` and `sha256` of every file of the shard."""
+        volumes = [{"file": self.file, "bytes": self.bytes, "sha256": self.sha256}] if self.sha256 else []
+        return [*volumes, *([self.organ_crops] if self.organ_crops else [])]
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether all its files lie in `folder`, at their size."""
+        return all(_size(folder / entry["file"]) == entry["bytes"] for entry in self.files())
 
 
 def plan_shards(cases: Sequence[Case], rows_per_shard: int) -> list[Shard]:
@@ -101,60 +149,118 @@ def plan_shards(cases: Sequence[Case], rows_per_shard: int) -> list[Shard]:
     return shards
 
 
-def write_shard(folder: Path, shard: Shard, built: Iterable[BuiltRow]) -> ShardRecord:
-    """Write one shard, one row per row group, and its record. A shard of skipped cases alone gets a record, no file."""
+def schema_of(config: str) -> pa.Schema:
+    """Columns of a config."""
+    if config == "volumes":
+        return SCHEMA
+    from .organ_crops import ORGAN_CROPS_SCHEMA
+
+    return ORGAN_CROPS_SCHEMA
+
+
+def file_of(shard_file: str, config: str) -> str:
+    """The file of a config for the shard that `shard_file` names."""
+    return f"{config}/{Path(shard_file).name}"
+
+
+def write_shard(
+    folder: Path, shard: Shard, built: Iterable[BuiltRow], configs: Sequence[str] = ("volumes",)
+) -> ShardRecord:
+    """Write one shard of each config and its record. A shard of skipped cases alone gets a record, no file."""
     record = ShardRecord(shard.split, shard.file)
-    target = folder / shard.file
-    temporary = target.with_name(target.name + ".tmp")
     counts: dict[str, Counter] = {}
-    writer = None
+    files = {config: RowFile(folder / file_of(shard.file, config), schema_of(config)) for config in configs}
     try:
         for item in built:
             if item.skip_reason is not None:
                 record.skipped.append({"split": shard.split, "case": item.recon_id, "reason": item.skip_reason})
                 continue
-            if item.warning:
-                record.warnings.append({"split": shard.split, "case": item.recon_id, "warning": item.warning})
-            if writer is None:
-                # The blobs are compressed already. Statistics of a blob would copy it into the file's footer. One row
-                # per row group: a reader that streams holds one volume, not a shard of them.
-                writer = pq.ParquetWriter(
-                    temporary, SCHEMA, compression="none", use_dictionary=False, write_statistics=False
-                )
-            writer.write_table(pa.Table.from_pylist([item.row], schema=SCHEMA))
+            for warning in item.warnings:
+                record.warnings.append({"split": shard.split, "case": item.recon_id, "warning": warning})
+            for config, file in files.items():
+                for row in [item.row] if config == "volumes" else item.organ_crops:
+                    file.write(row)
             record.rows += 1
             for caption in item.row["captions"]:
                 count = counts.setdefault(caption["organ"], Counter(present=0, mentioned=0, abnormal=0))
                 count["present"] += caption["organ"] in item.organs_present
                 count["mentioned"] += caption["is_mentioned"]
                 count["abnormal"] += caption["is_abnormal"]
-    finally:
-        if writer is not None:
-            writer.close()
+        written = {config: file.finish() for config, file in files.items()}
+    except BaseException:
+        for file in files.values():
+            file.abandon()
+        raise
     record.counts = {organ: dict(count) for organ, count in counts.items()}
-    if record.rows:
-        record.bytes = temporary.stat().st_size
-        with temporary.open("rb") as file:
-            record.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        os.replace(temporary, target)
+    if written.get("volumes"):
+        record.bytes, record.sha256 = written["volumes"]["bytes"], written["volumes"]["sha256"]
+    if written.get("organ_crops"):
+        record.organ_crops = {"file": file_of(shard.file, "organ_crops"), **written["organ_crops"]}
     write_record(folder, record)
     return record
 
 
+class RowFile:
+    """A Parquet file that appears under its name when it is complete, one row per row group, and not without a row."""
+
+    def __init__(self, target: Path, schema: pa.Schema) -> None:
+        self.target, self.schema, self.rows = target, schema, 0
+        self.unfinished = target.with_name(target.name + ".tmp")
+        self.writer: pq.ParquetWriter | None = None
+
+    def write(self, row: dict) -> None:
+        if self.writer is None:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            # The blobs are compressed already. Statistics of a blob would copy it into the file's footer. One row
+            # per row group: a reader that streams holds one volume, not a shard of them.
+            self.writer = pq.ParquetWriter(
+                self.unfinished, self.schema, compression="none", use_dictionary=False, write_statistics=False
+            )
+        self.writer.write_table(pa.Table.from_pylist([row], schema=self.schema))
+        self.rows += 1
+
+    def finish(self) -> dict | None:
+        """Put the file in its place; its rows, bytes and sha256, or None where there was no row."""
+        if self.writer is None:
+            # From a build that was killed before its record was written, and whose cases have vanished since.
+            self.target.unlink(missing_ok=True)
+            return None
+        self.writer.close()
+        with self.unfinished.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = self.unfinished.stat().st_size
+        replace_durably(self.unfinished, self.target)
+        return {"rows": self.rows, "bytes": size, "sha256": digest}
+
+    def abandon(self) -> None:
+        """Leave no unfinished file behind; a disk that is full cannot take the footer either."""
+        with contextlib.suppress(OSError, pa.ArrowException):
+            if self.writer is not None:
+                self.writer.close()
+        with contextlib.suppress(OSError):
+            self.unfinished.unlink(missing_ok=True)
+
+
 def write_record(folder: Path, record: ShardRecord) -> None:
     """Note that a shard is finished. After the shard itself: a shard without its record is built again."""
-    write_json(_record_path(folder, record.file), vars(record))
+    write_json(_record_path(folder, record.file), record.as_json())
 
 
-def read_record(folder: Path, shard: Shard) -> ShardRecord | None:
-    """The record of a shard that is complete on disk, or None where it has to be built (again)."""
+def read_record(folder: Path, shard: Shard, retry_vanished: bool = True) -> ShardRecord | None:
+    """The record of a shard that is complete on disk, or None where it has to be built (again).
+
+    Args:
+        folder: Folder of the split.
+        shard: The shard.
+        retry_vanished: Whether a shard one of whose files vanished during the build counts as incomplete.
+    """
     path = _record_path(folder, shard.file)
     if not path.is_file():
         return None
     record = ShardRecord(**json.loads(path.read_text(encoding="utf-8")))
-    written = folder / record.file
-    is_whole = record.rows == 0 or (written.is_file() and written.stat().st_size == record.bytes)
-    return record if is_whole else None
+    if retry_vanished and any(VANISHED in entry["reason"] for entry in record.skipped):
+        return None
+    return record if record.is_whole(folder) else None
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -164,9 +270,32 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    # A name of its own: the machines of an array job write the same file, with the same content, at the same time.
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+        replace_durably(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+
+
+def replace_durably(unfinished: Path, target: Path) -> None:
+    """Rename a complete file into its place, once its bytes are on the disk; then put the name there, too."""
+    with unfinished.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, target)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def _record_path(folder: Path, file: str) -> Path:

@@ -20,6 +20,7 @@ from .captions import (
     strip_normal_prefix,
 )
 from .configuration_fvlm import FVLMConfig, FVLMVisionConfig
+from .dicom import DicomSeries, find_series, read_dicom
 from .geometry import AIR_HU, BadVolumeError
 from .image_processing_fvlm import FVLMImageProcessor
 from .loss import OrganLoss, contrastive_targets, organ_contrastive_loss
@@ -38,7 +39,15 @@ from .preparation import PreparedScan, prepare_scan
 from .processed_split import decode_volume, encode_array
 from .processing_fvlm import FVLMProcessor
 from .published_preparation import prepare_published_scan
-from .reading import Volume, check_same_grid, read_nifti, read_nifti_mask
+from .reading import (
+    Volume,
+    check_same_grid,
+    read_mask,
+    read_nifti,
+    read_nifti_mask,
+    read_structures,
+    read_volume,
+)
 from .vision import FVLMVisionModel, FVLMVisionOutput
 
 __all__ = [
@@ -48,6 +57,7 @@ __all__ = [
     "TOTALSEGMENTATOR_V1",
     "TOTALSEGMENTATOR_V2",
     "BadVolumeError",
+    "DicomSeries",
     "FVLMConfig",
     "FVLMImageProcessor",
     "FVLMModel",
@@ -74,14 +84,19 @@ __all__ = [
     "encode_array",
     "encode_captions",
     "is_abnormal_caption",
+    "find_series",
     "load_organ_set",
     "normal_caption",
     "organ_contrastive_loss",
     "organ_label_table",
     "prepare_published_scan",
     "prepare_scan",
+    "read_dicom",
+    "read_mask",
     "read_nifti",
     "read_nifti_mask",
+    "read_structures",
+    "read_volume",
     "save_for_hub",
     "strip_normal_prefix",
 ]

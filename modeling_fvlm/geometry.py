@@ -16,6 +16,7 @@ follow the affine (not the absolute values of its diagonal), margins are the sam
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
@@ -56,12 +57,35 @@ def orient_to_lps(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tu
     Raises:
         BadVolumeError: If the array is not 3-D or empty, or the affine is not finite, has zero spacing or shear.
     """
-    array, affine = np.asanyarray(array), np.asarray(affine, dtype=np.float64)
-    if array.ndim != 3:
-        hint = "pick one of its volumes" if array.ndim > 3 else "stack the slices of the series into one volume"
-        raise BadVolumeError(f"needs a 3-D array, got {array.ndim}-D with shape {array.shape}; {hint}.")
-    if 0 in array.shape:
-        raise BadVolumeError(f"the array is empty: shape {array.shape}.")
+    array = np.asanyarray(array)
+    turn, spacing, new_affine = turn_to_lps(array.shape, affine)
+    return turn(array), spacing, new_affine
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How stored axes become (depth, height, width) LPS: the `order` to put them in, and which are then flipped."""
+
+    order: tuple[int, int, int]
+    is_flipped: tuple[bool, bool, bool]
+
+    def __call__(self, array: np.ndarray) -> np.ndarray:
+        """A turned view of an array in its stored axes."""
+        return np.flip(array.transpose(self.order), [axis for axis in range(3) if self.is_flipped[axis]])
+
+
+def turn_to_lps(shape: Sequence[int], affine: np.ndarray) -> tuple[Turn, tuple[float, float, float], np.ndarray]:
+    """What `orient_to_lps` does to an array of that shape, for those who read it piece by piece.
+
+    Returns:
+        The turn, and spacing and affine as `orient_to_lps` gives them.
+    """
+    shape, affine = tuple(shape), np.asarray(affine, dtype=np.float64)
+    if len(shape) != 3:
+        hint = "pick one of its volumes" if len(shape) > 3 else "stack the slices of the series into one volume"
+        raise BadVolumeError(f"needs a 3-D array, got {len(shape)}-D with shape {shape}; {hint}.")
+    if 0 in shape:
+        raise BadVolumeError(f"the array is empty: shape {shape}.")
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         raise BadVolumeError(f"the affine must be 4 x 4 and finite, got {affine.tolist()}; repair the header.")
     axes = affine[:3, :3]
@@ -87,18 +111,19 @@ def orient_to_lps(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tu
             "resample it onto straight axes if that is not meant."
         )
     order = axis_of_world[::-1]  # depth is z, height is y, width is x
-    turned = array.transpose(order)
     new_affine = np.eye(4)
     new_affine[:3, :3] = axes[:, order]
     new_affine[:3, 3] = affine[:3, 3]
     # RAS+ wanted signs: z grows with depth, y falls with height, x falls with width.
-    for axis, (world, sign) in enumerate(((2, 1), (1, -1), (0, -1))):
-        if direction[world, order[axis]] * sign < 0:
-            turned = np.flip(turned, axis)
-            new_affine[:3, 3] += new_affine[:3, axis] * (array.shape[order[axis]] - 1)
+    is_flipped = tuple(
+        bool(direction[world, order[axis]] * sign < 0) for axis, (world, sign) in enumerate(((2, 1), (1, -1), (0, -1)))
+    )
+    for axis in range(3):
+        if is_flipped[axis]:
+            new_affine[:3, 3] += new_affine[:3, axis] * (shape[order[axis]] - 1)
             new_affine[:3, axis] *= -1
     spacing = tuple(float(voxel_size[axis]) for axis in order)
-    return turned, spacing, new_affine
+    return Turn(order, is_flipped), spacing, new_affine
 
 
 # (2) Resampling and boxes
@@ -145,25 +170,70 @@ def resample_volume(
     Returns:
         int16 HU of the output grid (or of the box), rounded to the nearest integer.
     """
-    new_shape = resampled_shape(volume.shape, spacing, new_spacing)
-    box = _full_box(new_shape) if box is None else _checked_box(box, new_shape)
-    if tuple(new_shape) == tuple(volume.shape):
-        return _to_int16(volume[box])
-    (z0, z1, z_weight), (y0, y1, y_weight), (x0, x1, x_weight) = (
-        _linear_taps(size, new_size, part) for size, new_size, part in zip(volume.shape, new_shape, box)
-    )
-    # Rows and columns that no output voxel reads are left out before anything is computed.
-    rows, columns = slice(y0[0], y1[-1] + 1), slice(x0[0], x1[-1] + 1)
-    y0, y1, x0, x1 = y0 - rows.start, y1 - rows.start, x0 - columns.start, x1 - columns.start
-    output = np.empty(tuple(part.stop - part.start for part in box), dtype=np.int16)
-    slices: dict[int, np.ndarray] = {}  # the input slices of the current output slice, as float32
-    for index, (below, above, weight) in enumerate(zip(z0.tolist(), z1.tolist(), z_weight)):
-        slices = {z: slices[z] if z in slices else volume[z, rows, columns].astype(np.float32) for z in {below, above}}
-        plane = slices[below] if weight == 0 else slices[below] + weight * (slices[above] - slices[below])
-        plane = _interpolate(plane, y0, y1, y_weight[:, None], axis=0)
-        plane = _interpolate(plane, x0, x1, x_weight, axis=1)
-        output[index] = np.rint(plane)
-    return output
+    if resampled_shape(volume.shape, spacing, new_spacing) == tuple(volume.shape):
+        return _to_int16(volume[_full_box(volume.shape) if box is None else _checked_box(box, volume.shape)])
+    resampler = VolumeResampler(volume.shape, spacing, new_spacing, box)
+    for index in resampler.slices_read:
+        resampler.add(index, volume[index])
+    return resampler.output
+
+
+class VolumeResampler:
+    """`resample_volume` for a volume whose slices come one after the other; at most the two of a gap are held.
+
+    Args:
+        shape: Shape of the volume.
+        spacing, new_spacing, box: As in `resample_volume`.
+
+    Attributes:
+        output: int16 HU, complete when every slice of `slices_read` has been added, in whatever order.
+        slices_read: Depth indices of the slices that are needed, rising.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        spacing: Sequence[float],
+        new_spacing: Sequence[float],
+        box: Sequence[slice] | None = None,
+    ):
+        new_shape = resampled_shape(shape, spacing, new_spacing)
+        box = _full_box(new_shape) if box is None else _checked_box(box, new_shape)
+        depths, (y0, y1, self.y_weight), (x0, x1, self.x_weight) = (
+            _linear_taps(size, new_size, part) for size, new_size, part in zip(shape, new_shape, box)
+        )
+        # Rows and columns that no output voxel reads are left out before anything is computed.
+        self.rows, self.columns = slice(y0[0], y1[-1] + 1), slice(x0[0], x1[-1] + 1)
+        self.y0, self.y1, self.x0, self.x1 = y0 - y0[0], y1 - y0[0], x0 - x0[0], x1 - x0[0]
+        self.output = np.empty(tuple(part.stop - part.start for part in box), dtype=np.int16)
+        self.taps = [
+            (below, above if weight else below, weight)
+            for below, above, weight in zip(depths[0].tolist(), depths[1].tolist(), depths[2])
+        ]
+        self.readers: dict[int, list[int]] = {}  # input slice -> output slices that wait for it
+        for index, (below, above, _) in enumerate(self.taps):
+            for depth in {below, above}:
+                self.readers.setdefault(depth, []).append(index)
+        self.held: dict[int, np.ndarray] = {}  # float32, as long as an output slice waits for them
+        self.slices_read = sorted(self.readers)
+
+    def add(self, index: int, plane: np.ndarray) -> None:
+        """Take the slice `(height, width)` of depth `index`; it is copied. Each is added once."""
+        self.held[index] = plane[self.rows, self.columns].astype(np.float32)
+        for reader in list(self.readers[index]):
+            below, above, weight = self.taps[reader]
+            if below not in self.held or above not in self.held:
+                continue
+            plane = self.held[below]
+            if weight:
+                plane = plane + weight * (self.held[above] - plane)
+            plane = _interpolate(plane, self.y0, self.y1, self.y_weight[:, None], axis=0)
+            plane = _interpolate(plane, self.x0, self.x1, self.x_weight, axis=1)
+            self.output[reader] = np.rint(plane)
+            for depth in {below, above}:
+                self.readers[depth].remove(reader)
+                if not self.readers[depth]:
+                    del self.held[depth]
 
 
 def resample_mask(
@@ -179,10 +249,14 @@ def resample_mask(
         if size == new_size:
             mask = mask[(slice(None),) * axis + (part,)]
         else:
-            # The input cell that holds the output voxel's centre.
-            centres = (np.arange(part.start, part.stop) + 0.5) * (size / new_size)
-            mask = np.take(mask, np.minimum(centres.astype(np.intp), size - 1), axis=axis)
+            mask = np.take(mask, nearest_cells(size, new_size)[part], axis=axis)
     return np.array(mask, dtype=np.uint8, order="C")
+
+
+def nearest_cells(size: int, new_size: int) -> np.ndarray:
+    """For every output cell along an axis the input cell that holds its centre."""
+    centres = (np.arange(new_size) + 0.5) * (size / new_size)
+    return np.minimum(centres.astype(np.intp), size - 1)
 
 
 def _full_box(shape: Sequence[int]) -> tuple[slice, slice, slice]:

@@ -12,6 +12,7 @@ scan comes padded to `volume_size`, and what (3) pads is the lower edge of the w
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 
 import numpy as np
@@ -21,10 +22,19 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_fvlm import DEFAULT_WINDOW, FVLMConfig, FVLMVisionConfig
 from .geometry import crop_inside, crop_or_pad, crop_start, organ_box, organs_in_crop, window_volume
+from .image_files import file_kind
 from .organs import nearest_name, organ_label_table
 from .preparation import PreparedScan, padding_hu, prepare_scan
 from .published_preparation import as_stored, prepare_published_scan
-from .reading import mask_from_array, read_affine, read_nifti, read_nifti_mask, volume_from_array
+from .reading import (
+    mask_from_array,
+    read_affine,
+    read_mask,
+    read_nifti,
+    read_nifti_mask,
+    read_volume,
+    volume_from_array,
+)
 
 
 class FVLMImageProcessor(BaseImageProcessor):
@@ -108,11 +118,14 @@ class FVLMImageProcessor(BaseImageProcessor):
         """Prepare one scan or a list of scans, each cut or padded to `volume_size`.
 
         Args:
-            volumes: Path of a NIfTI file, 3-D array of HU in any orientation, or `Volume`; or a list of these. Under
-                preprocessing "published" axes are taken as they are stored, and a `Volume`, which has been turned, is
-                refused.
-            masks: Segmentations of the volumes, likewise. An array is taken to lie on the stored array of its volume.
-            affines: For arrays: 4 x 4 voxel-to-mm (RAS+), one or a list. For files: used instead of the header's.
+            volumes: Path of a NIfTI, NRRD or MetaImage file, or of a DICOM series (folder, zip archive or multi-frame
+                file; of several series take `read_dicom`'s `Volume`), 3-D array of HU in any orientation, or `Volume`;
+                or a list of these. Under preprocessing "published" axes are taken as they are stored: files must be
+                NIfTI, and a `Volume`, which has been turned, is refused.
+            masks: Segmentations of the volumes, likewise, but for DICOM. An array is taken to lie on the stored array
+                of its volume.
+            affines: For arrays and .npz files: 4 x 4 voxel-to-mm (RAS+), one or a list. For other files: used instead
+                of the header's; not for DICOM.
             numbering: What the labels of the masks mean: a numbering's name, or {label value: class or organ name}.
             window: Apply the HU windows here. Otherwise the HU are handed over as int16 (a quarter of the memory), and
                 the model applies its own windows.
@@ -177,28 +190,31 @@ class FVLMImageProcessor(BaseImageProcessor):
                         "the file stores them. Give the path, or array and affine."
                     )
         table = organ_label_table(self.organ_classes, self.organs, numbering)
+        is_published = self.preprocessing == "published"
         if _is_path(volume):
-            read_volume = self._read(read_nifti, volume, affine)
+            scan = self._read(read_nifti if is_published else read_volume, volume, affine)
         elif _is_volume(volume):
-            read_volume = volume
+            scan = volume
         else:
-            read_volume = self._read(volume_from_array, _as_array(volume), _needed(affine, "volume"))
+            scan = self._read(volume_from_array, _as_array(volume), _needed(affine, "volume"))
         if _is_path(mask):
-            read_mask = self._read(read_nifti_mask, mask, None)
+            labels = self._read(read_nifti_mask if is_published else read_mask, mask, None)
         elif _is_volume(mask):
-            read_mask = mask
+            labels = mask
         else:
             if affine is None and _is_path(volume):
-                affine = read_affine(volume)
-            read_mask = self._read(mask_from_array, _as_array(mask), _needed(affine, "mask"))
-        geometry = (read_volume, read_mask, table, self.spacing, self.margin_voxels)
-        if self.preprocessing == "published":
+                affine = _affine_of(volume)
+            labels = self._read(mask_from_array, _as_array(mask), _needed(affine, "mask"))
+        geometry = (scan, labels, table, self.spacing, self.margin_voxels)
+        if is_published:
             return prepare_published_scan(*geometry, self.volume_size, self.windows)
         return prepare_scan(*geometry)
 
     def _read(self, read, source, affine: np.ndarray | None):
         """A `Volume` from a path or an array, turned by its affine, or left as stored for the published preparation."""
         if self.preprocessing == "published":
+            # Nothing is refused here for its values: the published release holds volumes that its rescale spoiled.
+            read = partial(read, rescale_mode="apply") if read is read_nifti else read
             return as_stored(read, source, read_affine(source) if affine is None else affine)
         return read(source, affine)
 
@@ -254,6 +270,15 @@ def _as_affines(affines, count: int) -> list:
 
 def _as_array(value) -> np.ndarray:
     return value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asanyarray(value)
+
+
+def _affine_of(path) -> np.ndarray:
+    if file_kind(path) == "dicom":
+        raise ValueError(
+            "a mask given as an array cannot be placed on a DICOM series, whose slices have no stored order. Give the "
+            "mask as a file, or as a `Volume`: mask_from_array(array, affine)."
+        )
+    return read_affine(path)
 
 
 def _needed(affine, what: str) -> np.ndarray:

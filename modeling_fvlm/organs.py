@@ -86,6 +86,9 @@ NUMBERINGS: dict[str, tuple[str, ...]] = {
     "totalsegmentator_v2": TOTALSEGMENTATOR_V2,
 }
 
+# Every class of any release, for masks that come as one file per structure: label = place in this tuple + 1.
+STRUCTURE_NAMES: tuple[str, ...] = tuple(sorted(set().union(*NUMBERINGS.values())))
+
 
 @dataclass(frozen=True)
 class OrganSet:

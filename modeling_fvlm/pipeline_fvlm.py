@@ -32,9 +32,11 @@ class FVLMZeroShotPipeline(Pipeline):
     """Probabilities of findings, organ by organ, from prompts.
 
     Input: {"volume": path, array or Volume, "mask": likewise} and, where needed, "affine" (for arrays) and "numbering"
-    (of the mask's labels; default "totalsegmentator_v2"). A model of preprocessing "published" takes no Volume, and its
-    scans as they are stored; its windows have the size trained on (112 x 256 x 352 voxels), whereas the published
-    evaluation shows larger ones (`eval_fvlm.py --protocol published`). Call with `findings`, a list of
+    (of the mask's labels; default "totalsegmentator_v2"). Paths are those of NIfTI, NRRD or MetaImage files, a volume
+    may also be a DICOM series (folder, zip archive or multi-frame file). A model of preprocessing "published" takes no
+    Volume, and its scans as they are stored, in NIfTI files; its windows have the size trained on (112 x 256 x 352
+    voxels), whereas the published evaluation shows larger ones (`eval_fvlm.py --protocol published`). Call with
+    `findings`, a list of
     {finding, organ, positive, negative}; positive and negative are one prompt or lists of equal length.
 
     Output: a list in the order of `findings` of {finding, organ, probability, is_complete}. `probability` is None where

@@ -1,6 +1,6 @@
 """One scan from its file's grid to what is stored or cropped: the chain that builders and processor share.
 
-This is `preprocessing: standard`; published_preparation.py holds the published one.
+This is `preprocessing: standard`; published_preparation.py holds the published one, one_pass.py this one from files.
 
 (1) volume and mask are checked to lie on one grid
 (2) the mask is resampled and its labels become organs
@@ -57,7 +57,7 @@ def prepare_scan(
     """
     check_same_grid(volume, mask)  # (1)
     labels = resample_mask(mask.array, mask.spacing, spacing)  # (2) fewer voxels first, then the lookup
-    organs = organs_of_labels(labels, volume, mask, table)
+    organs = organs_of_labels(labels, int(mask.array.max()), table, volume.name, mask.name)
     box = organ_box(organs, margin_voxels)  # (3)
     return PreparedScan(
         volume=resample_volume(volume.array, volume.spacing, spacing, box),  # (4)
@@ -78,34 +78,38 @@ def padding_hu(windows: Sequence[Mapping[str, float]], is_published: bool) -> in
     return math.floor(min(window["hu_min"] for window in windows)) if is_published else AIR_HU
 
 
-def organs_of_labels(labels: np.ndarray, volume: Volume, mask: Volume, table: np.ndarray) -> np.ndarray:
+def organs_of_labels(
+    labels: np.ndarray, highest: int, table: np.ndarray, volume_name: str, mask_name: str
+) -> np.ndarray:
     """Turn a resampled mask into organ labels.
 
     Args:
         labels: Labels of the segmentation on the model's grid.
-        volume, mask: What they are from, for messages and for labels that resampling stepped over.
+        highest: The highest label on the full grid: resampling may step over a small structure.
         table: From `organ_label_table`.
+        volume_name, mask_name: For messages.
 
     Raises:
         BadVolumeError: If a label is outside the numbering, or no organ is present.
     """
-    highest = int(mask.array.max())  # on the full grid: resampling may step over a small structure
     if table[highest] == UNKNOWN_LABEL:
-        raise _unknown_label(mask, highest, table)
-    organs = table[labels]
+        raise _unknown_label(mask_name, highest, table)
+    look_up = np.asarray(table, dtype=np.uint8).tobytes()
+    # bytes.translate: numpy would first widen every label to a 64-bit index.
+    organs = np.frombuffer(labels.tobytes().translate(look_up), dtype=np.uint8).reshape(labels.shape)
     if organs.max() == UNKNOWN_LABEL:
-        raise _unknown_label(mask, int(labels[organs == UNKNOWN_LABEL][0]), table)
+        raise _unknown_label(mask_name, int(labels[organs == UNKNOWN_LABEL][0]), table)
     if not organs.any():
         raise BadVolumeError(
-            f"{volume.name}: the mask ({mask.name}) holds no organ of the set; its labels are "
+            f"{volume_name}: the mask ({mask_name}) holds no organ of the set; its labels are "
             f"{np.unique(labels).tolist()[:20]}. Check that it belongs to this scan and was read with its numbering."
         )
     return organs
 
 
-def _unknown_label(mask: Volume, label: int, table: np.ndarray) -> BadVolumeError:
+def _unknown_label(mask_name: str, label: int, table: np.ndarray) -> BadVolumeError:
     known = np.flatnonzero(table != UNKNOWN_LABEL)
     return BadVolumeError(
-        f"{mask.name}: label {label} is outside the numbering, whose labels end at {known[-1]}. The mask was made with "
+        f"{mask_name}: label {label} is outside the numbering, whose labels end at {known[-1]}. The mask was made with "
         "another release or task of the segmentation tool: give the numbering it was made with."
     )

@@ -1,6 +1,6 @@
 """`FVLMProcessor`: scans and captions to the inputs of `FVLMModel`, in one call.
 
-features = processor(volumes="ct.nii.gz", masks="organs.nii.gz", captions=[{"lung": "No nodule."}])
+features = processor(volumes="ct.nii.gz", masks="organs.nii.gz", captions=[{"lung": "No nodule."}])  # or DICOM
 output = model(**features)
 """
 

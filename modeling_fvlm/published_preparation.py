@@ -151,7 +151,9 @@ def prepare_published_scan(
     shape = volume.array.shape
     new_shape = resized_shape(shape, volume.affine, spacing, volume.name)
     labels = mask.array[np.ix_(*(nearest_indices(size, new_size) for size, new_size in zip(shape, new_shape)))]
-    organs = organs_of_labels(labels, volume, mask, table)  # (2) after (3): fewer voxels, the same result
+    organs = organs_of_labels(
+        labels, int(mask.array.max()), table, volume.name, mask.name
+    )  # (2) after (3): fewer voxels, the same result
     box = box_of_organs(organs, margin_voxels)  # (4)
     hu = np.rint(resize_volume(volume.array, new_shape)[box]).astype(np.int16)  # (3)
     size = tuple(max(part.stop - part.start, edge) for part, edge in zip(box, volume_size))

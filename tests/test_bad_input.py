@@ -34,6 +34,7 @@ def write_reports(source, rows):
 
 def build(source, *more) -> int:
     options = ["--spacing", "3", "4", "4", "--previews", "0", "--workers", "1", "--validation_fraction", "0"]
+    options += ["--ids", "kept"]
     folders = ["--volumes", source / "ct", "--masks", source / "seg", "--reports", source / "reports.csv"]
     return main(["folder", *map(str, [*folders, "--out", source / "out"]), *options, *map(str, more)])
 
@@ -167,8 +168,9 @@ def test_half_rescaled_hu_are_loud(source, capsys):
     path = source / "ct" / "bad.nii.gz"
     save_nifti((arrays()[0] * 0.1).astype(np.int16), path)
     assert build(source) == 0
-    by_id, warning = json.loads((source / "out" / "manifest.json").read_text())["warnings"]
+    by_id, no_air, warning = json.loads((source / "out" / "manifest.json").read_text())["warnings"]
     assert by_id["case"] == "all" and "no column patient_id" in by_id["warning"]
+    assert no_air["case"] == "bad" and "air is near -1000 HU" in no_air["warning"]
     assert warning["case"] == "bad" and "lung has a median of -8" in warning["warning"]
     assert "check bad: lung" in capsys.readouterr().out
 

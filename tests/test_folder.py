@@ -17,7 +17,8 @@ REPORT_CELLS = {"findings": REPORT["findings"], "impression": REPORT["impression
 
 
 def build(out, *arguments) -> int:
-    return main(["folder", "--out", str(out), *map(str, arguments)])
+    """With the ids of the source, or the tests could not tell one row from another."""
+    return main(["folder", "--out", str(out), "--ids", "kept", *map(str, arguments)])
 
 
 def rows_of(out, split="train") -> dict[str, dict]:
@@ -224,6 +225,73 @@ def test_the_csv_reader_takes_what_spreadsheets_write(source, tmp_path):
         writer.writerows([["id ", " findings"], ["p_1", "The liver is normal;\nthe lungs are clear, too."]])
     assert build(tmp_path / "out", *source, "--reports", path) == 0
     assert rows_of(tmp_path / "out")["p_1"]["findings"] == "The liver is normal;\nthe lungs are clear, too."
+
+
+@pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_other_separators_are_seen_and_told(source, tmp_path, capsys, separator, name):
+    """The first line decides: a comma in a name or in a text is part of it then."""
+    path = tmp_path / "r.csv"
+    lines = [["id", "findings", "label:Nodule, solid"], ["p_1", 'The liver, "large", is seen.', "1"]]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=separator).writerows(lines)
+    assert build(tmp_path / "out", *source, "--reports", path) == 0
+    assert f"r.csv: columns are separated by {name}." in capsys.readouterr().out
+    row = rows_of(tmp_path / "out")["p_1"]
+    assert row["findings"] == 'The liver, "large", is seen.'
+    assert row["labels"] == [{"finding": "Nodule, solid", "value": 1}]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("id,findings\np_1,Gro\xdfe Leber\n".encode("latin-1"), "line 2 holds the byte 0xdf"),
+        (b"\xef\xbb\xbfid,findings\np_1,ok\np_2,\xe9\n", "is not UTF-8: line 3 holds the byte 0xe9"),
+        ("id,findings\n".encode("utf-16"), "r.csv is not UTF-8: line 1"),
+        (b"PK\x03\x04 and so on", "is a workbook, not a CSV"),
+        (b"id,findings,findings\np_1,a,b\n", "r.csv has two columns named 'findings'"),
+        (b"id,findings\np_1,Large, and dense.\n", "line 2: 3 cells under 2 columns; put texts that hold commas"),
+        (b"id;findings\np_1;Large; and dense.\n", "line 2: 3 cells under 2 columns; put texts that hold semicolons"),
+        (b"\n", "r.csv is empty"),
+    ],
+)
+def test_tables_that_cannot_be_read(source, tmp_path, capsys, content, told):
+    (tmp_path / "r.csv").write_bytes(content)
+    assert build(tmp_path / "out", *source, "--reports", tmp_path / "r.csv") == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--reports", "--table"])
+def test_a_workbook_is_refused_with_what_to_save(source, tmp_path, capsys, option):
+    (tmp_path / "r.xlsx").write_bytes(b"PK\x03\x04")
+    assert build(tmp_path / "out", *source, option, tmp_path / "r.xlsx") == 2
+    assert "save the sheet as 'CSV UTF-8 (comma delimited)'" in capsys.readouterr().err
+
+
+def test_an_id_that_comes_twice_in_a_json_is_seen(source, tmp_path, capsys):
+    """Python's reader would take the second and say nothing."""
+    (tmp_path / "r.json").write_text(
+        '{"p_1": {"findings": "A."}, "p_2": {"findings": "B."}, "p_1": {"findings": "C."}}'
+    )
+    assert build(tmp_path / "out", *source, "--reports", tmp_path / "r.json") == 2
+    assert "r.json: the id 'p_1' comes twice" in capsys.readouterr().err
+
+
+def test_ids_are_hashed_unless_told_otherwise(source, tmp_path, capsys):
+    """Neither the split nor what is printed tells an id: not of a row, a skipped case or a file that is not used."""
+    rows = [{"id": name, "patient_id": f"Doe_{name}", **REPORT_CELLS} for name in ("p_1", "p_2", "gone_9")]
+    arguments = ["--reports", write_csv(tmp_path / "r.csv", rows), "--validation_fraction", 0]
+    assert main(["folder", "--out", str(tmp_path / "out"), *map(str, [*source, *arguments])]) == 0
+    out = capsys.readouterr().out
+    assert "2 files and folders in --volumes belong to no row of r.csv" in " ".join(out.split())
+    for path in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
+        out += path.read_bytes().decode("latin-1")
+    for name in ("p_1", "p_2", "p_3", "p_10", "gone_9", "Doe"):
+        assert name not in out
+    rows, manifest = rows_of(tmp_path / "out"), json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert len(rows) == 2 and all(row["patient_id"] != row["recon_id"] for row in rows.values())
+    (skipped,) = manifest["skipped"]
+    assert "volume file is missing" in skipped["reason"] and skipped["case"] not in rows
 
 
 def test_a_row_without_ready_captions_has_its_report_decomposed(source, tmp_path):

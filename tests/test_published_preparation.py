@@ -199,8 +199,21 @@ def test_the_resampled_volume_is_published_to_the_bit(shared_dir):
 
 @pytest.fixture(scope="module")
 def prepared(shared_dir):
-    """Published and standard scans by number, prepared once."""
-    return {number: (prepare(shared_dir, number), prepare(shared_dir, number, FVLMConfig())) for number in NUMBERS}
+    """Published and standard scans by number, prepared once.
+
+    Standard from arrays: the file of scan 3, collapsed to one value, is refused (test_the_collapsed_file_is_refused).
+    """
+    standard = FVLMImageProcessor.from_config(FVLMConfig())
+    scans = {}
+    for number in NUMBERS:
+        (volume, affine), (mask, _) = (golden(shared_dir, stage, number) for stage in ("train_fixed", "train_mask"))
+        scans[number] = prepare(shared_dir, number), standard.prepare(volume, mask, affine)
+    return scans
+
+
+def test_the_collapsed_file_is_refused(shared_dir):
+    with pytest.raises(BadVolumeError, match="train_3_a_1.nii.gz: every voxel is -512: there is no scan in it"):
+        prepare(shared_dir, 3, FVLMConfig())
 
 
 def test_the_raw_volume_goes_the_whole_way_as_an_array(shared_dir, prepared):
@@ -523,7 +536,7 @@ def published_source(folder):
 
 def test_a_builder_prepares_and_captions_as_published_and_says_so(tmp_path, capsys):
     options = [*published_source(tmp_path), "--organs=chest_4", "--previews=0", "--workers=1"]
-    options += ["--validation_fraction", "0", "--out", str(tmp_path / "out")]
+    options += ["--ids", "kept", "--validation_fraction", "0", "--out", str(tmp_path / "out")]
     assert main(["folder", *options, "--preprocessing", "published"]) == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["settings"]["preprocessing"] == "published"

@@ -1,11 +1,10 @@
 """The processed split on disk: columns, row groups, loading with `datasets`, and continuing a killed build."""
 
+import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from data_builders.shards import PROGRESS_FOLDER, SCHEMA
 from modeling_fvlm.organs import load_organ_set
 from modeling_fvlm.processed_split import decode_volume
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 NAMES = ("train_1_a_1", "train_2_a_1", "train_3_a_1", "train_10_a_1", "train_11_a_1", "valid_1_a_1")
 OPTIONS = ["--spacing", "3", "4", "4", "--margin", "2", "3", "3", "--rows_per_shard", "2", "--previews", "0"]
 
@@ -164,16 +162,20 @@ def test_nothing_of_this_machine_goes_into_the_split(split, release):
             assert part.encode() not in content, f"{name} holds {part!r}"
 
 
+class Killed(BaseException):
+    """Nothing catches it: what a kill leaves, as far as one process can show it (test_kill.py kills for real)."""
+
+
 def stop_after(monkeypatch, num_shards: int) -> None:
     """Let the build die at the beginning of a later shard, with half of it on disk."""
     write_shard, written = build_module.write_shard, []
 
-    def dying_write_shard(folder, shard, built):
+    def dying_write_shard(folder, shard, built, configs):
         if len(written) == num_shards:
             (folder / shard.file).with_name(Path(shard.file).name + ".tmp").write_bytes(b"half a shard")
-            raise KeyboardInterrupt
+            raise Killed
         written.append(shard.file)
-        return write_shard(folder, shard, built)
+        return write_shard(folder, shard, built, configs)
 
     monkeypatch.setattr(build_module, "write_shard", dying_write_shard)
 
@@ -183,7 +185,7 @@ def test_a_killed_build_continues_and_ends_in_the_same_bytes(split, release, tmp
     out = tmp_path / "split"
     with monkeypatch.context() as patch:
         stop_after(patch, num_shards)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             main(command(release, out))
     assert not (out / "manifest.json").exists(), "a manifest says that the split is complete"
     finished = sorted((out / "volumes").glob("*.parquet"))
@@ -212,6 +214,8 @@ def test_a_shard_that_was_lost_later_is_built_again(split, release, tmp_path):
         (["--organs", "chest_4"], "organ_set.name: body_24 there, chest_4 here"),
         (["--rows_per_shard", "3"], "rows_per_shard: 2 there, 3 here"),
         (["--splits", "train"], "options.splits: ['train', 'validation'] there, ['train'] here"),
+        (["--rescale", "skip"], "rescale_mode: auto there, skip here"),
+        (["--configs", "volumes", "organ_crops"], "configs: ['volumes'] there, ['volumes', 'organ_crops'] here"),
     ],
 )
 @pytest.mark.parametrize("is_finished", [True, False])
@@ -222,7 +226,7 @@ def test_other_settings_do_not_continue_a_build(release, tmp_path, monkeypatch, 
     else:
         with monkeypatch.context() as patch:
             stop_after(patch, 1)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(Killed):
                 main(command(release, out))
     before = contents(out)
     assert main(command(release, out, *changed)) == 2
@@ -234,12 +238,25 @@ def test_a_build_from_before_a_setting_existed_continues(split, release, tmp_pat
     out = tmp_path / "split"
     assert main(command(release, out)) == 0
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["settings"].pop("preprocessing") == "standard"
+    for name, default in {"preprocessing": "standard", "rescale_mode": "auto", "configs": ["volumes"]}.items():
+        assert manifest["settings"].pop(name) == default
+    assert manifest["settings"].pop("ids") == "kept"
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert main(command(release, out, "--preprocessing", "published")) == 2
     assert "preprocessing: standard there, published here" in " ".join(capsys.readouterr().err.split())
     assert main(command(release, out)) == 0
     assert contents(out) == contents(split)
+
+
+def test_a_build_of_another_compression_is_not_continued(release, tmp_path, monkeypatch, capsys):
+    """Its shards would hold the same values in other bytes."""
+    out = tmp_path / "split"
+    assert main(command(release, out)) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["settings"]["zstd_level"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert main(command(release, out)) == 2
+    assert "zstd_level: 3 there" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_changed_source_does_not_continue_a_build(tmp_path, capsys):
@@ -278,19 +295,65 @@ def test_an_empty_shard_leaves_no_file_and_the_rest_loads(tmp_path, hub_cache):
     assert main(command(source, out, "--splits", "train")) == 0, "and a second run finds it complete"
 
 
-@pytest.mark.slow
-def test_killed_for_real_with_two_workers(split, release, tmp_path):
-    """SIGKILL in the middle, then the same command to the end: the bytes of one worker that was never killed."""
+def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_record(release, tmp_path, monkeypatch):
+    """Else a power cut could leave a record of a shard that is empty."""
+    seen, names = [], {}
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(descriptor):
+        seen.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def watched_replace(source, target):
+        seen.append(("name", Path(target)))
+        names[Path(source)] = Path(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
     out = tmp_path / "split"
-    arguments = [sys.executable, "-m", "data_builders", *command(release, out)]
-    arguments[arguments.index("--workers") + 1] = "2"
-    process = subprocess.Popen(arguments, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and not list(out.glob("volumes/*.parquet")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert list(out.glob("volumes/*.parquet"))
-    subprocess.run(arguments, cwd=REPOSITORY, check=True, timeout=300, stdout=subprocess.DEVNULL)
+    assert main(command(release, out, "--splits", "validation")) == 0
+    shard = out / "volumes" / "validation-00000-of-00001.parquet"
+    record = out / PROGRESS_FOLDER / "validation-00000-of-00001.json"
+    seen = [(what, names.get(path, path)) for what, path in seen]
+    places = [seen.index(event) for event in (("sync", shard), ("name", shard), ("sync", shard.parent))]
+    places += [seen.index(event) for event in (("sync", record), ("name", record))]
+    assert places == sorted(places)
+    assert seen.index(("name", out / "manifest.json")) > places[-1]
+
+
+def test_what_a_killed_build_left_half_written_is_removed(split, release, tmp_path, monkeypatch):
+    out = tmp_path / "split"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(Killed):
+            main(command(release, out))
+    for place in (".", PROGRESS_FOLDER, "volumes"):
+        (out / place / "manifest.json.1a2b3c4d.tmp").write_text("half")
+    assert main(command(release, out)) == 0
     assert contents(out) == contents(split)
+
+
+def test_a_build_that_was_killed_before_it_said_what_it_is_may_begin(split, release, tmp_path):
+    out = tmp_path / "split"
+    (out / PROGRESS_FOLDER).mkdir(parents=True)
+    (out / PROGRESS_FOLDER / "identity.json.1a2b3c4d.tmp").write_text("half")
+    assert main(command(release, out)) == 0
+    assert contents(out) == contents(split)
+
+
+def test_duplicates_are_listed_and_counted(release, tmp_path, monkeypatch, capsys):
+    """Of the cases that are written; a case that is skipped is no duplicate of anything."""
+    sort_cases = build_module.sort_cases
+
+    def marked(cases):
+        cases = [dataclasses.replace(case, duplicate_of=None) for case in sort_cases(cases)]
+        cases[2] = dataclasses.replace(cases[2], duplicate_of=cases[0].recon_id)
+        cases[1] = dataclasses.replace(cases[1], duplicate_of=cases[0].recon_id, skip_reason="of no use")
+        return cases
+
+    monkeypatch.setattr(build_module, "sort_cases", marked)
+    assert main(command(release, tmp_path / "split")) == 0
+    manifest = json.loads((tmp_path / "split" / "manifest.json").read_text())
+    assert manifest["duplicates"] == [{"split": "train", "case": "train_3_a_1", "duplicate_of": "train_1_a_1"}]
+    assert "1 cases have the report of another case" in " ".join(capsys.readouterr().out.split())

@@ -18,7 +18,7 @@ from modeling_fvlm.captions import encode_captions
 from modeling_fvlm.configuration_fvlm import AXES, FVLMConfig
 from modeling_fvlm.geometry import crop_or_pad, crop_start, organ_bookkeeping
 from modeling_fvlm.preparation import padding_hu
-from modeling_fvlm.processed_split import decode_volume
+from modeling_fvlm.processed_split import Scratch, decode_volume
 
 
 class FVLMCollator:
@@ -55,6 +55,7 @@ class FVLMCollator:
         self.flip_axes = [AXES.index(axis) for axis in flip_axes]
         self.flip_probability = flip_probability
         self.seed = seed
+        self.scratch = Scratch()
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate rows of `ProcessedSplit`.
@@ -90,7 +91,7 @@ class FVLMCollator:
 
     def prepare(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Steps (1) to (4) for one row: volume int16, token mask (organs, tokens), completeness (organs,)."""
-        volume, mask = decode_volume(row)  # (1)
+        volume, mask = decode_volume(row, self.scratch)  # (1)
         # (2)
         generator = np.random.default_rng((self.seed, row["epoch"], row["row"])) if self.is_random else None
         start = crop_start(mask.shape, self.volume_size, generator=generator)

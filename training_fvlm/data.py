@@ -19,7 +19,7 @@ from huggingface_hub import hf_hub_download
 from modeling_fvlm.configuration_fvlm import DEFAULT_WINDOW, FVLMVisionConfig
 from modeling_fvlm.organs import load_organ_set
 from modeling_fvlm.preparation import padding_hu
-from modeling_fvlm.processed_split import load_rows
+from modeling_fvlm.processed_split import load_rows, row_of_table
 
 from .arguments import SettingsError
 
@@ -192,6 +192,7 @@ class ProcessedSplit(torch.utils.data.Dataset):
 
     def __init__(self, rows: datasets.Dataset, caption_rows: np.ndarray | None = None):
         self.rows = rows
+        self.tables = rows.with_format("arrow")  # volumes as views: `rows[index]` would copy them
         self.caption_rows = caption_rows
         self.captions = rows.select_columns(["captions"])  # reads no volume when only a caption is wanted
 
@@ -200,7 +201,7 @@ class ProcessedSplit(torch.utils.data.Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        row = self.rows[int(index)]
+        row = row_of_table(self.tables[int(index)])
         if self.caption_rows is not None:
             row["captions"] = self.captions[int(self.caption_rows[index])]["captions"]
         return {**row, "epoch": int(epoch), "row": int(index)}

@@ -1,0 +1,193 @@
+"""The page of the doctor: well-formed, alone in its file, accessible, and deaf to what its texts would like to be."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from phantom_split import ORGANS, build_split, render_scans
+from PIL import Image
+
+from data_builders import doctor_page
+from data_builders.__main__ import main
+from data_builders.doctor import Damage, RowPlace, examine
+from data_builders.doctor_findings import find
+from data_builders.doctor_page import page_html, shrunken_png
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+EVIL = "<script>alert('x')</script><b>&\"'"
+
+
+class Page(HTMLParser):
+    """Checks nesting while it reads, and keeps what the tests ask for."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text: dict[str, list[str]] = {}
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        names = [name for name, _ in attributes]
+        assert len(names) == len(set(names)), f"an attribute twice in {tag}"
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))  # of SVG
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if self.open and data.strip():
+            self.text.setdefault(self.open[-1], []).append(data.strip())
+
+    def of(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    scans = render_scans(tmp_path_factory.mktemp("scans"), 8, 1)
+    return build_split(scans, tmp_path_factory.mktemp("split") / "out", previews=2)
+
+
+@pytest.fixture(scope="module")
+def page(split):
+    assert main(["inspect", str(split), "--cases", "2", "--workers", "1"]) == 0
+    return (split / "doctor.html").read_text(encoding="utf-8")
+
+
+def test_the_page_is_well_formed_and_stands_alone(page):
+    parsed = Page(page)
+    assert page.startswith("<!DOCTYPE html>") and parsed.of("html") == [{"lang": "en"}]
+    assert not parsed.of("script") and not parsed.of("link") and not parsed.of("iframe")
+    addresses = [a[name] for _, a in parsed.tags for name in ("src", "href", "action", "data", "srcset") if name in a]
+    assert addresses and all(address.startswith(("#", "data:image/png;base64,")) for address in addresses)
+    assert "url(" not in page and "@import" not in page
+    anchors = {a["id"] for _, a in parsed.tags if "id" in a}
+    assert {address[1:] for address in addresses if address.startswith("#")} <= anchors
+    assert len(anchors) == sum("id" in a for _, a in parsed.tags), "an id twice"
+    assert not any(name.startswith("on") for _, a in parsed.tags for name in a)
+
+
+def test_the_page_can_be_read_without_seeing_it(page):
+    parsed = Page(page)
+    levels = [int(tag[1]) for tag, _ in parsed.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(later - earlier <= 1 for earlier, later in zip(levels, levels[1:])), "no level of headings is left out"
+    images = parsed.of("img")
+    assert len(images) == 3 and all(len(image["alt"]) > 40 and int(image["width"]) > 0 for image in images)
+    drawings = parsed.of("svg")
+    assert len(drawings) > len(ORGANS) and all(d["role"] == "img" and d["aria-label"] for d in drawings)
+    assert len(parsed.text["caption"]) == len(parsed.of("table")) >= 8
+    assert len(parsed.of("tbody")) == len(parsed.of("thead")) == len(parsed.of("table"))
+    assert all(cell["scope"] in ("col", "row") for cell in parsed.of("th"))
+
+
+def luminance(color: str) -> float:
+    full = color if len(color) == 7 else "#" + "".join(2 * letter for letter in color[1:])
+    parts = [int(full[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot((0.2126, 0.7152, 0.0722), linear))
+
+
+@pytest.mark.parametrize(
+    ("front", "back"),
+    [("#1b1b1b", "#fff"), ("#404040", "#fff"), ("#0b4f8a", "#fff"), ("#fff", "#595959"), ("#fff", "#9b1c1c")]
+    + [("#fff", "#7a4f00"), ("#1b1b1b", "#eef1f4"), ("#1b1b1b", "#d5dde6")],
+)
+def test_contrast_of_text(page, front, back):
+    """At least 4.5 : 1, as WCAG 2.1 asks (https://www.w3.org/TR/WCAG21/#contrast-minimum)."""
+    assert front in page and back in page, "a pair that the page no longer uses"
+    high, low = sorted((luminance(front), luminance(back)), reverse=True)
+    assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def test_figures_stand_on_the_page(page, split):
+    parsed = Page(page)
+    headings = " ".join(parsed.text["th"])
+    assert all(organ in headings for organ in ORGANS)
+    assert "Looked at 9 of 9 rows (train 8, validation 1)." in page and "Only some rows" not in page
+    assert "the axes are as they should be" in page and "not kept in the split" in page
+    assert "8 / 1" in page, "counts of each split"
+
+
+def test_every_text_is_escaped(split):
+    manifest = json.loads((split / "manifest.json").read_text(encoding="utf-8"))
+    manifest["skipped"] = [{"split": "train", "case": EVIL, "reason": f"ct: {EVIL}"}]
+    manifest["warnings"] = [{"split": "train", "case": EVIL, "warning": EVIL}]
+    manifest["settings"]["builder"] = EVIL
+    manifest["privacy_concerns"] = {EVIL: 2}
+    exam = examine(split, manifest)
+    exam.organs = (EVIL, *exam.organs[1:])
+    exam.damaged.append(Damage(RowPlace("train", 3, EVIL, 0, 0), EVIL, EVIL))
+    for row in exam.rows:
+        row.recon_id = row.patient_id = row.scan_id = EVIL
+        row.labels = {EVIL: 1}
+    picture = doctor_page.Picture(EVIL, "train", f"Planes of {EVIL}", "data:image/png;base64,AA==", (2, 2))
+    html = page_html(EVIL, exam, find(exam), [picture])
+    parsed = Page(html)
+    assert not parsed.of("script") and not parsed.of("b") and "alert(" in html
+    assert any(EVIL in text for text in parsed.text["td"]) and any(EVIL in text for text in parsed.text["text"])
+    assert parsed.of("img")[0]["alt"] == f"Planes of {EVIL}"
+
+
+def test_a_split_without_a_readable_row_still_has_a_page(split):
+    manifest = json.loads((split / "manifest.json").read_text(encoding="utf-8"))
+    exam = examine(split.parent / "nowhere", manifest)
+    html = page_html("empty", exam, find(exam), [])
+    assert "the split holds no row" in html and Page(html).of("table")
+
+
+def test_pictures_have_a_bounded_size(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (640, 1000, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")  # no picture packs worse
+    data, size = shrunken_png(tmp_path / "noise.png")
+    assert len(data) <= doctor_page.PICTURE_BYTES and size[0] < 1000
+    assert Image.open(io.BytesIO(data)).size == size and size[0] / size[1] == pytest.approx(1000 / 640, rel=0.01)
+
+
+def test_pictures_beyond_the_size_of_the_page_are_named(split, monkeypatch):
+    monkeypatch.setattr(doctor_page, "ALL_PICTURES_BYTES", 10)
+    manifest = json.loads((split / "manifest.json").read_text(encoding="utf-8"))
+    exam = examine(split, manifest, limit=1)
+    path = next((split / "previews").glob("*.png"))
+    html = page_html("x", exam, [], doctor_page.inline_pictures(exam, [(exam.rows[0], path)]))
+    assert not Page(html).of("img") and "Left out to keep this file small" in html and "p_0" in html
+
+
+def test_the_pictures_are_those_of_the_cases(page):
+    sources = [image["src"].split(",")[1] for image in Page(page).of("img")]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(source))) for source in sources]
+    assert all(picture.format == "PNG" and picture.width <= doctor_page.PICTURE_WIDTH for picture in pictures)
+    assert len({picture.tobytes() for picture in pictures}) == 3
+
+
+@pytest.mark.slow
+def test_a_browser_lays_the_page_out(split, page, tmp_path):
+    """On a narrow screen nothing but tables and charts may stick out, and those scroll in their own boxes."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine: the page was checked by its text alone")
+    probe = (
+        "<script>addEventListener('load', () => document.body.setAttribute('data-wide', "
+        "document.documentElement.scrollWidth + '/' + innerWidth))</script></body>"
+    )
+    (tmp_path / "page.html").write_text(page.replace("</body>", probe), encoding="utf-8")
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--window-size=500,900", "--dump-dom", (tmp_path / "page.html").as_uri()]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    wide, inner = map(int, re.search(r'data-wide="(\d+)/(\d+)"', told).groups())
+    assert wide <= inner
