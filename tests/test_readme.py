@@ -17,8 +17,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def ten_lines() -> str:
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    return block
+    return code_blocks()[0]
+
+
+def code_blocks() -> list[str]:
+    ten, streaming = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    return [ten, streaming]
 
 
 def save_tiny_body_model(folder: Path) -> None:
@@ -87,3 +91,13 @@ def test_what_the_table_of_departures_names_exists():
 
 def test_placeholders_are_gone():
     assert not re.findall(r"@[A-Z_]+@", README)
+
+
+def test_streaming_lines_run_on_a_local_release(tmp_path, capsys):
+    source = ["--out", str(tmp_path / "release"), "--patients", "1", "--validation", "1", "--seed", "0"]
+    assert data_builders(["synthetic", *source, "--workers", "1"]) == 0
+    capsys.readouterr()
+    lines = code_blocks()[1].replace("hf://datasets/ibrahimhamamci/CT-RATE", str(tmp_path / "release"))
+    exec(lines, {})
+    rows = capsys.readouterr().out.strip().splitlines()
+    assert rows and all(re.match(r"train_1_a_1 (lung|heart|esophagus|aorta) \(\d+, \d+, \d+\) \S", row) for row in rows)
