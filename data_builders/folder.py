@@ -47,7 +47,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -187,6 +187,7 @@ def run(args: argparse.Namespace) -> int:
     validation = validation_patients(rows, args.validation_fraction, args.seed)
     texts = Texts(reports, captions, (args.reports or table_path).name, " and ".join(path.name for path in ready))
     cases = [read_case(row, args, settings, texts, volumes, masks, validation, table_path) for row in rows]
+    cases = without_shared_volumes(cases, {case_id(row) for row in rows if row.get("volume")})
     tell_what_was_found(cases, volumes, masks, table_path, is_hashed=args.ids == "hashed")
     settings = with_numberings_in_use(settings, cases)
     if args.segment:
@@ -194,6 +195,26 @@ def run(args: argparse.Namespace) -> int:
         with stopping_cleanly(args.segment_out):
             cases = segment.make_masks(cases, args)
     return build(cases, settings, args)
+
+
+def without_shared_volumes(cases: Sequence[Case], named: Container[str]) -> list[Case]:
+    """Skip cases that took another case's volume: p_1 without a file of its own finds p_1_2.nii.gz.
+
+    Args:
+        cases: All cases.
+        named: Ids of those whose volume the table names; two masks of one volume may be meant.
+    """
+    owners = Counter((case.volume, case.series_uid) for case in cases)
+    reason = "another case has the same volume file {!r}; name each one's own in a column 'volume'"
+    return [
+        replace(case, skip_reason=reason.format(case.volume.name))
+        if case.skip_reason is None
+        and case.recon_id not in named
+        and case.recon_id != stem_of(case.volume)
+        and owners[case.volume, case.series_uid] > 1
+        else case
+        for case in cases
+    ]
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -335,7 +356,7 @@ def read_case(row, args, settings, texts, volumes, masks, validation, table_path
 def find_series_uid(cell: str, place: Path) -> tuple[str | None, str | None]:
     """The SeriesInstanceUID that a cell of the column series means, or None and the reason."""
     if not (place.is_dir() or is_zip(place)):
-        return None, f"the column series holds {cell!r}, but the volume {place.name} is no DICOM folder or zip"
+        return None, f"the column series holds {cell!r}, but the volume {place.name!r} is no DICOM folder or zip"
     if SERIES_UID.fullmatch(cell):
         return cell, None  # reading tells if it is not there
     if not cell.isdecimal():
@@ -349,7 +370,7 @@ def find_series_uid(cell: str, place: Path) -> tuple[str | None, str | None]:
     if len(usable) == 1:
         return usable[0].series_uid, None
     problem = f"{len(usable)} series have" if usable else "no series has"
-    return None, f"{problem} the number {int(cell)} in {place.name}; it holds {listed(present)}"
+    return None, f"{problem} the number {int(cell)} in {place.name!r}; it holds {listed(present)}"
 
 
 def listed(present: Sequence[DicomSeries]) -> str:

@@ -112,7 +112,9 @@ def bring(source: Path, target: Path, sha256: str) -> None:
     with contextlib.suppress(OSError):
         os.link(source, unfinished)
         os.replace(unfinished, target)
+        unfinished.unlink(missing_ok=True)  # where both were one file already, the rename did nothing
         return
+    unfinished.unlink(missing_ok=True)
     shutil.copyfile(source, unfinished)
     with unfinished.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:

@@ -10,6 +10,7 @@ The salt is a secret like a password. It lies beside the processed split, never 
 of it, by which a build that is continued with another salt is refused.
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -319,7 +320,11 @@ def _names_of(place) -> Iterator[str]:
         if place.is_dir():
             inside = [path.relative_to(place).as_posix() for path in place.rglob("*")]
         elif place.is_file() and zipfile.is_zipfile(place):
-            with zipfile.ZipFile(place) as archive:
+            # A damaged one is named by who reads it.
+            with (
+                contextlib.suppress(OSError, ValueError, NotImplementedError, zipfile.BadZipFile),
+                zipfile.ZipFile(place) as archive,
+            ):
                 inside = archive.namelist()
     for path in (PurePosixPath(place.name), *map(PurePosixPath, inside)):
         if not _is_vocabulary(_stem(path.name)):  # liver.nii.gz is a structure

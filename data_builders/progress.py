@@ -21,7 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from .cases import Case
-from .shards import CONFIGS, PROGRESS_FOLDER, Shard, ShardRecord, file_of, write_json, write_record
+from .shards import CONFIGS, PROGRESS_FOLDER, Shard, ShardRecord, write_json, write_record
 
 # Settings that came after the first builds, and what these were built with.
 LATER_SETTINGS = {
@@ -102,7 +102,8 @@ def continue_or_begin(folder: Path, identity: dict, plan: dict, shards: Sequence
             raise ValueError(f"--out {folder} is not empty and holds no processed split; name a new folder.")
     else:
         check_same_build(before, identity, f"--out {folder}")
-        remove_unfinished(folder, shards if is_part else None)
+        if not is_part:  # other tasks may be writing; what a killed one left is removed by the merge
+            remove_unfinished(folder)
     # Before anything else: a folder that holds more than this and is killed would be taken for a stranger's.
     write_json(begun, identity)
     write_json(folder / PROGRESS_FOLDER / "cases.json", plan)
@@ -173,15 +174,11 @@ def differences(before: dict, now: dict, place: str = "") -> list[str]:
     return found
 
 
-def remove_unfinished(folder: Path, shards: Sequence[Shard] | None = None) -> None:
-    """Remove what a killed build has left half written: of these shards, or (None) everything."""
-    if shards is None:
-        places = (".", PROGRESS_FOLDER, *CONFIGS, "previews")
-        unfinished = [path for place in places for path in (folder / place).glob("*.tmp")]
-    else:
-        unfinished = [folder / f"{file_of(shard.file, config)}.tmp" for shard in shards for config in CONFIGS]
-    for path in unfinished:
-        path.unlink(missing_ok=True)
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed build has left half written."""
+    for place in (".", PROGRESS_FOLDER, *CONFIGS, "previews"):
+        for path in (folder / place).glob("*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def plan_of(cases: Sequence[Case], concerns: dict[str, int]) -> dict:

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from modeling_fvlm.dicom import read_dicom
 from modeling_fvlm.organs import TOTALSEGMENTATOR_V2
 from modeling_fvlm.reading import Volume, read_volume
 
@@ -193,11 +192,7 @@ def make_masks(cases: Sequence[Case], args: argparse.Namespace) -> list[Case]:
 def make_mask(case: Case, segmenter: Segmenter, rescale_mode: str) -> str | None:
     """Segment the volume of one case into its mask file; returns the reason where that fails."""
     try:
-        volume = (  # (1)
-            read_dicom(case.volume, case.series_uid)
-            if case.series_uid
-            else read_volume(case.volume, rescale_mode=rescale_mode)
-        )
+        volume = read_volume(case.volume, rescale_mode=rescale_mode, series_uid=case.series_uid)  # (1)
     except (ValueError, FileNotFoundError) as error:
         return str(error).replace(f"{case.volume.parent}{os.sep}", "")
     try:

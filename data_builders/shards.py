@@ -205,7 +205,8 @@ class RowFile:
 
     def __init__(self, target: Path, schema: pa.Schema) -> None:
         self.target, self.schema, self.rows = target, schema, 0
-        self.unfinished = target.with_name(target.name + ".tmp")
+        # A name of its own: a task that was started twice must not take the other's half file for its whole one.
+        self.unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         self.writer: pq.ParquetWriter | None = None
 
     def write(self, row: dict) -> None:

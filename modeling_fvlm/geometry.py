@@ -32,6 +32,8 @@ AXES = ("depth", "height", "width")
 MAX_AXIS_COSINE = 5e-3
 # Above this rotation the closest axes are a poor stand-in for the body's axes.
 MAX_QUIET_ROTATION_DEGREES = 20.0
+# No scanner's table is longer; micrometres for millimetres come to hundreds of metres, and to terabytes at 1 mm.
+MAX_EXTENT_MM, MIN_SPACING_MM = 5000.0, 0.02
 
 
 class BadVolumeError(ValueError):
@@ -92,6 +94,16 @@ def turn_to_lps(shape: Sequence[int], affine: np.ndarray) -> tuple[Turn, tuple[f
     voxel_size = np.linalg.norm(axes, axis=0)
     if (voxel_size < 1e-6).any():
         raise BadVolumeError(f"zero spacing: the affine has voxel sizes {voxel_size.tolist()} mm; repair the header.")
+    if (voxel_size < MIN_SPACING_MM).any():
+        raise BadVolumeError(
+            f"voxels of {voxel_size.round(6).tolist()} mm are finer than any CT's. Repair the spacing in the header; "
+            "is it in metres?"
+        )
+    if (voxel_size * shape > MAX_EXTENT_MM).any():
+        raise BadVolumeError(
+            f"the scan would be {(voxel_size * shape / 1000).max():.1f} m long: {shape} voxels of "
+            f"{voxel_size.round(3).tolist()} mm. Repair the spacing in the header; is it in micrometres?"
+        )
     direction = axes / voxel_size  # columns are unit vectors in RAS+
     cosines = (direction.T @ direction)[np.triu_indices(3, k=1)]
     if np.abs(cosines).max() > MAX_AXIS_COSINE:

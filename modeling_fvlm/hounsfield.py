@@ -65,7 +65,7 @@ def choose_rescale(
     rescaled = stored * slope + intercept
     if looks_like_hu(rescaled):
         return (slope, intercept), None
-    if looks_like_hu(stored):
+    if looks_like_hu(stored) and not _may_be_air_alone(stored, rescaled):
         return AS_STORED, (
             f"the stored values are HU already, so the declared {words} was refused: "
             f"{_share_near_water(stored):.0%} of the voxels lie within {WATER_HU} HU of water, and only "
@@ -75,6 +75,15 @@ def choose_rescale(
         slope,
         intercept,
     ), f"the voxels do not tell whether the declared {words} is still due; it was applied."
+
+
+def _may_be_air_alone(stored: np.ndarray, rescaled: np.ndarray) -> bool:
+    """Whether stored values that pass for a body could be the air of a small body in a large field of view.
+
+    Then nothing is darker, but for padding, and something would lie near water once rescaled.
+    """
+    darker = np.mean((stored < -WATER_HU) & (stored != stored.min()))
+    return bool(darker <= 0.005 and np.mean(np.abs(rescaled) <= WATER_HU) >= 0.02)
 
 
 def check_rescale_mode(mode: str) -> None:

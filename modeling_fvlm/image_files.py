@@ -5,6 +5,7 @@ memory is taken, the size that a header tells of is compared with what the file 
 array piece by piece, and not far beyond it. Nothing is turned, rescaled or widened here.
 """
 
+import errno
 import math
 import re
 import zipfile
@@ -25,6 +26,8 @@ except ImportError:
     import gzip as inflation
     from zlib import error as inflation_error
 
+# Of reading itself, where they say nothing of the file's content: no rights, a folder, a seek before the start.
+OF_THE_FILE = (None, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EISDIR)
 DAMAGED = (EOFError, OSError, zlib.error, inflation_error)  # what reading a stream that was cut or changed raises
 INFLATE_BYTES = 1 << 20  # larger pieces are no faster, and gzip makes each of them before it is copied
 # 1024 x 1024 x 2000 voxels of float32, far above a CT. It keeps a few kilobytes of zeros from filling the memory.
@@ -72,7 +75,8 @@ def file_kind(path: str | Path) -> str:
         return "npz" if _is_npz(path) else "dicom"
     if _nifti_header_class(start) is not None or re.search(r"\.(nii|hdr|img)(\.gz)?$", path.name.lower()):
         return "nifti"
-    return "metaimage" if re.match(rb"\s*(\w+ *= *[^\n]*\n\s*)*NDims *=", start) else "unknown"
+    is_header = re.match(rb"\s*\w+[ \t]*[=:]", start) and re.search(rb"^[ \t]*NDims[ \t]*[=:]", start, re.MULTILINE)
+    return "metaimage" if is_header else "unknown"
 
 
 def read_stored(path: str | Path, affine: np.ndarray | None = None) -> StoredImage:
@@ -148,7 +152,7 @@ def read_stored_nifti(path: str | Path, affine: np.ndarray | None = None) -> Sto
         else:
             array = np.memmap(path, header.dtype, "c", header.offset, header.shape, "F")
     except (*DAMAGED, ValueError) as error:
-        if isinstance(error, BadVolumeError):
+        if isinstance(error, BadVolumeError) or is_of_the_disk(error):
             raise
         raise BadVolumeError(
             f"{path}: the voxels end early or are damaged ({_one_line(error)}). {FETCH_AGAIN}"
@@ -206,6 +210,11 @@ def is_single_nifti(path: str | Path) -> bool:
         FileNotFoundError: If there is no such file or folder.
     """
     return file_kind(path) == "nifti" and _nifti_header_class(_first_bytes(Path(path), 540)) is not None
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether reading itself failed (a share that dropped, a disk that broke), so that the file may be a good one."""
+    return isinstance(error, OSError) and error.errno not in OF_THE_FILE
 
 
 def is_gzip(path: str | Path) -> bool:
@@ -315,6 +324,8 @@ def _load_other(path: Path):
             f"{path}: not a NIfTI file ({_one_line(error)}). Convert the series to .nii.gz first."
         ) from error
     except (EOFError, OSError, zlib.error) as error:
+        if is_of_the_disk(error):
+            raise
         raise BadVolumeError(f"{path}: cut short or damaged ({_one_line(error)}). {FETCH_AGAIN}") from error
     if not isinstance(image, nibabel.Nifti1Pair):
         raise BadVolumeError(f"{path}: a {type(image).__name__}, not a NIfTI file. Convert it to .nii.gz first.")
@@ -344,7 +355,9 @@ def _open_itk(path: Path, kind: str, needs_orientation: bool):
         named, encoding = header.get("data file", header.get("datafile")), header.get("encoding", "").lower()
         has_orientation = "space directions" in header and header.get("space", "").lower() in NRRD_SPACES
     else:
-        named = header.get("elementdatafile", "LOCAL")
+        if "elementdatafile" not in header:  # ITK may read on where we stopped, and open any file it names
+            raise BadVolumeError(f"{path}: the header names no ElementDataFile: cut short or damaged. {FETCH_AGAIN}")
+        named = header["elementdatafile"]
         named = None if named.upper() == "LOCAL" else named
         encoding = "gzip" if header.get("compresseddata", "false").lower() == "true" else "raw"
         has_orientation = any(name in header for name in ("transformmatrix", "rotation", "orientation"))
@@ -407,7 +420,9 @@ def _text_header(path: Path) -> dict[str, str]:
             file.seek(0)
         while file.tell() < MAX_TEXT_HEADER_BYTES:
             line = file.readline(MAX_TEXT_HEADER_BYTES)
-            name, separator, value = line.decode("utf-8", "replace").partition(":" if is_nrrd else "=")
+            separators = ":" if is_nrrd else "[=:]"  # ITK takes both in a MetaImage
+            name, *rest = re.split(separators, line.decode("utf-8", "replace"), maxsplit=1)
+            separator, value = bool(rest), "".join(rest)
             if not line.strip() or not separator and not line.startswith(b"#"):
                 break
             if not line.startswith(b"#") and not value.startswith("="):  # "name:=value" is the user's own
@@ -467,7 +482,7 @@ def _read_npz(path: Path, affine: np.ndarray | None) -> StoredImage:
         with np.load(path, allow_pickle=False) as content:
             array = content[name]
     except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-        if isinstance(error, BadVolumeError):
+        if isinstance(error, BadVolumeError) or is_of_the_disk(error):
             raise
         raise BadVolumeError(f"{path}: cut short or damaged ({_one_line(error)}). {FETCH_AGAIN}") from error
     except MemoryError as error:

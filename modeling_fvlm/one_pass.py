@@ -25,7 +25,16 @@ from .geometry import (
     turn_to_lps,
 )
 from .hounsfield import SAMPLES_PER_AXIS
-from .image_files import DAMAGED, FETCH_AGAIN, fill, is_single_nifti, open_nifti, open_voxels, read_to_the_end
+from .image_files import (
+    DAMAGED,
+    FETCH_AGAIN,
+    fill,
+    is_of_the_disk,
+    is_single_nifti,
+    open_nifti,
+    open_voxels,
+    read_to_the_end,
+)
 from .preparation import PreparedScan, organs_of_labels
 from .reading import Volume, check_same_grid, judge_hu
 
@@ -73,6 +82,8 @@ class NiftiSlices:
                     yield (slices - 1 - number if self.turn.is_flipped[0] else number), plane
                 read_to_the_end(file, self.path)
         except DAMAGED as error:
+            if is_of_the_disk(error):
+                raise
             raise BadVolumeError(
                 f"{self.path}: the voxels end early or are damaged ({' '.join(str(error).split())}). {FETCH_AGAIN}"
             ) from error

@@ -30,7 +30,8 @@ def encode_array(array: np.ndarray) -> bytes:
     if dtype is None:
         raise ValueError(f"a processed split stores int16 volumes and uint8 masks, got {array.dtype}.")
     if not hasattr(_local, "compressor"):
-        _local.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+        # With a checksum: most flipped bits would decode to other HU.
+        _local.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
     return _local.compressor.compress(np.ascontiguousarray(array, dtype=dtype))
 
 
@@ -152,7 +153,7 @@ def _bytes_of(column) -> memoryview:
 
 def natural_key(text: str) -> list:
     """Sort key under which train_2 comes before train_10."""
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", text)]
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", text)]
 
 
 def load_rows(data: str | Path, split: str, revision: str | None = None):

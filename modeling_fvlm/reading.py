@@ -300,9 +300,8 @@ def _read_dicom(path: str | Path, affine, rescale, rescale_mode: str, series_uid
             "neither, and a rescale mode of 'auto' or 'apply'."
         )
     volume = read_dicom(path, series_uid)
-    wrong = wrong_hu(sample_voxels(volume.array)) if rescale_mode == "auto" else None
-    if wrong:
-        raise BadVolumeError(f"{path}: {wrong}")
+    if rescale_mode == "auto":  # its notes stand in the volume already
+        judge_hu(sample_voxels(volume.array), int(volume.array.min()), int(volume.array.max()), str(path))
     return volume
 
 

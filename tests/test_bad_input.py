@@ -262,3 +262,13 @@ def test_names_that_leave_their_folder(tmp_path, name):
 @pytest.mark.parametrize("name", ["x.nii.gz", "a/b/x.nii.gz", "a..b.nii", "..x/y.nii"])
 def test_names_that_stay(tmp_path, name):
     assert resolve_inside(tmp_path, name) == tmp_path / name
+
+
+def test_a_scan_of_a_longer_name_does_not_stand_in_for_a_missing_one(source):
+    """p_1 has no file; p_1_2 is another visit, with a row of its own."""
+    for folder in ("ct", "seg"):
+        (source / folder / "p_1_2.nii.gz").write_bytes((source / folder / "ok_1.nii.gz").read_bytes())
+    write_reports(source, [{"id": "ok_2"}, {"id": "p_1"}, {"id": "p_1_2"}])
+    assert build(source) == 0
+    names, skipped = read_back(source)
+    assert names == ["ok_2", "p_1_2"] and "another case has the same volume file 'p_1_2.nii.gz'" in skipped["p_1"]

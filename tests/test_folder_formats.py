@@ -160,7 +160,7 @@ def test_the_column_series_chooses(two_series, tmp_path, choice):
     ("series", "told"),
     [
         ("", "it holds 2 CT volumes: series 3 (CT, 20 slices of 24 x 32, 3 x 4 x 4 mm), series 5 (CT"),
-        ("4", "no series has the number 4 in two; it holds series 3 (CT, 20 slices"),
+        ("4", "no series has the number 4 in 'two'; it holds series 3 (CT, 20 slices"),
         ("1.2.3", "no series has the series_uid that was asked for"),
         ("thin", "holds 'thin', which is neither a SeriesInstanceUID nor a series number"),
     ],
@@ -176,7 +176,7 @@ def test_a_series_of_a_nifti_file(every_format, tmp_path):
     root, _ = every_format
     table = table_of(tmp_path / "r.csv", ["nifti"], nifti={"series": "3"})
     assert build(tmp_path / "out", "--volumes", root / "ct", "--masks", root / "seg", "--reports", table) == 1
-    assert "the volume nifti.nii.gz is no DICOM folder or zip" in skipped(tmp_path / "out")["nifti"]
+    assert "the volume 'nifti.nii.gz' is no DICOM folder or zip" in skipped(tmp_path / "out")["nifti"]
 
 
 def a_hole(folder):

@@ -553,3 +553,10 @@ def test_one_voxel_beyond_any_side_of_the_crop_takes_an_organ_out(axis, place):
     corner[axis] = place
     mask[tuple(corner)] = 1
     assert organ_bookkeeping(mask, (2, 2, 2), (4, 6, 8), 2, (2, 2, 2))[1].tolist() == [False, True]
+
+
+def test_micrometres_for_millimetres_are_refused_before_memory_is_taken():
+    with pytest.raises(BadVolumeError, match=r"44\.8 m long: \(64, 64, 32\) voxels of \[700\.0, .*micrometres"):
+        orient_to_lps(np.zeros((64, 64, 32), np.int16), np.diag([700.0, 700.0, 1000.0, 1.0]))
+    with pytest.raises(BadVolumeError, match="finer than any CT's.*in metres"):
+        orient_to_lps(np.zeros((64, 64, 32), np.int16), np.diag([0.0007, 0.0007, 0.001, 1.0]))

@@ -245,3 +245,15 @@ def test_nothing_is_decided_without_voxels():
     assert choose_rescale(nan, (1.0, -1024.0))[0] == (1.0, -1024.0)
     with pytest.raises(BadVolumeError, match="27 of 27 voxels are NaN"):
         volume_from_array(nan, AFFINE, "ct", (1.0, -1024.0), "auto")
+
+
+@pytest.mark.parametrize("padding", [None, -2000, -2048])
+def test_a_small_body_in_a_large_field_is_still_rescaled(padding):
+    """Stored air (about 24) alone passes for a body; 4 % of the voxels are one."""
+    generator = np.random.default_rng(0)
+    stored = generator.normal(24, 20, (60, 100, 100))
+    stored[:, 40:60, 40:60] = generator.normal(1064, 30, (60, 20, 20))
+    if padding is not None:
+        stored[:, :10] = padding
+    rescale, note = choose_rescale(stored.astype(np.int16), (1.0, -1024.0))
+    assert rescale == (1.0, -1024.0) and (note is None or "it was applied" in note)

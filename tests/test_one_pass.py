@@ -1,5 +1,6 @@
 """A scan prepared slice by slice equals the same scan read whole: arrays, spacing, notes and messages."""
 
+import errno
 import gzip
 
 import nibabel
@@ -160,6 +161,19 @@ def test_damage_is_found_where_it_is(tmp_path, monkeypatch, inflation):
     bomb = tmp_path / "bomb.nii.gz"
     bomb.write_bytes(gzip.compress(gzip.decompress(content) + bytes(1 << 25)))
     assert "behind the last voxel" in message_of(prepare_files, bomb, mask, TABLE, (3.0, 1.0, 1.0), MARGIN)
+
+
+def test_a_disk_that_fails_is_no_damaged_file(tmp_path, monkeypatch):
+    volume, mask = write_pair(tmp_path)
+
+    def fail(file, buffer):
+        raise OSError(errno.EIO, "Input/output error")
+
+    for module in (one_pass, image_files):
+        monkeypatch.setattr(module, "fill", fail)
+    for read in (lambda: prepare_files(volume, mask, TABLE, (3.0, 1.0, 1.0), MARGIN), lambda: read_volume(volume)):
+        with pytest.raises(OSError, match="Input/output error"):
+            read()
 
 
 def test_real_scans(shared_dir):

@@ -167,11 +167,13 @@ def test_a_task_builds_a_shard_that_a_finished_split_has_lost(release, whole, tm
 def test_a_task_does_not_touch_what_another_one_is_writing(release, tmp_path):
     out = tmp_path / "split"
     assert build(release, out, "--shard", "1/4") == 0
-    unfinished = out / "volumes" / f"{SHARDS[2]}.tmp"
+    unfinished = out / "volumes" / f"{SHARDS[2]}.1a2b3c4d.tmp"
     unfinished.write_bytes(b"being written")
     assert build(release, out, "--shard", "2/4") == 0
     assert unfinished.read_bytes() == b"being written"
-    assert build(release, out, "--shard", "3/4") == 0, "its owner may begin it anew"
+    assert build(release, out, "--shard", "3/4") == 0
+    assert unfinished.read_bytes() == b"being written", "the same task may run twice"
+    assert build(release, out, "--shard", "4/4") == 0 and merge(out) == 0
     assert not unfinished.exists()
 
 

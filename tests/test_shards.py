@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -145,7 +146,9 @@ def test_the_code_in_the_card_runs_with_nothing_of_ours(split, tmp_path):
     run = subprocess.run(
         [sys.executable, "-I", "-c", code], cwd=split, env=environment, capture_output=True, text=True, timeout=120
     )
-    assert run.returncode == 0, run.stderr
+    # A process that has streamed may abort while it exits, its work done: https://github.com/apache/arrow/issues/45214.
+    is_arrows = run.returncode == -signal.SIGABRT and run.stderr == "terminate called without an active exception\n"
+    assert run.returncode == 0 or is_arrows, run.stderr
     volume, mask = decode_volume(pq.read_table(split / "volumes" / "train-00002-of-00003.parquet").to_pylist()[-1])
     assert json.loads(run.stdout.splitlines()[-1]) == {
         "id": "train_11_a_1",
