@@ -170,18 +170,23 @@ def read_csv(path: Path, required: Sequence[str] = ()) -> tuple[list[str], list[
             if not columns:
                 raise ValueError(f"{path.name} is empty; its first line should name the columns.")
             check_columns(path, columns, required)
-            reader.fieldnames = columns
-            rows = []
-            for row in reader:
-                if None in row:
-                    raise ValueError(
-                        f"{path.name}, line {reader.line_num}: {len(columns) + len(row[None])} cells under "
-                        f'{len(columns)} columns; put texts that hold commas into "quotes".'
-                    )
-                rows.append(Row({name: (cell or "").strip() for name, cell in row.items()}, reader.line_num))
+            return columns, read_cells(reader, path, columns)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 ({error}); save it as UTF-8.") from None
-    return columns, rows
+
+
+def read_cells(reader: csv.DictReader, path: Path, columns: Sequence[str], separators: str = "commas") -> list[Row]:
+    """The rows behind the first line, under `columns`; a row with too many cells is a ValueError."""
+    reader.fieldnames = columns
+    rows = []
+    for row in reader:
+        if None in row:
+            raise ValueError(
+                f"{path.name}, line {reader.line_num}: {len(columns) + len(row[None])} cells under {len(columns)} "
+                f'columns; put texts that hold {separators} into "quotes".'
+            )
+        rows.append(Row({name: (cell or "").strip() for name, cell in row.items()}, reader.line_num))
+    return rows
 
 
 def resolve_inside(root: Path, name: str) -> Path:

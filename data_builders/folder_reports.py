@@ -21,7 +21,7 @@ from pathlib import Path
 from modeling_fvlm.captions import compose_caption, is_abnormal_caption, normal_caption
 
 from .build import Settings
-from .cases import OrganText, Row, check_columns, nearest
+from .cases import OrganText, Row, check_columns, nearest, read_cells
 from .decompose import is_abnormal_sentence, split_sentences
 from .summary import console
 
@@ -82,16 +82,7 @@ def read_sheet(path: Path, required: Sequence[str] = ()) -> tuple[list[str], lis
     if twice:
         raise ValueError(f"{path.name} has two columns named {twice[0]!r}; rename one of them.")
     check_columns(path, columns, required)
-    reader.fieldnames = columns
-    rows = []
-    for row in reader:
-        if None in row:
-            raise ValueError(
-                f"{path.name}, line {reader.line_num}: {len(columns) + len(row[None])} cells under {len(columns)} "
-                f'columns; put texts that hold {SEPARATORS[separator]} into "quotes".'
-            )
-        rows.append(Row({name: (cell or "").strip() for name, cell in row.items()}, reader.line_num))
-    return columns, rows
+    return columns, read_cells(reader, path, columns, SEPARATORS[separator])
 
 
 def separator_of(text: str) -> str:

@@ -20,3 +20,11 @@ def shared_dir() -> Path:
     if not (SHARED / "golden" / "README.md").is_file():
         pytest.skip("the folder ../shared (CT samples and published outputs) is not beside this checkout")
     return SHARED
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """`datasets` keeps its copies in the test's own folder and asks no network."""
+    for name, value in {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    return str(tmp_path / "cache")

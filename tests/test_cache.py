@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny_release import ct_rate_release
+from tiny_release import contents, ct_rate_release
 from tiny_split import write_tiny_split
 
 from data_builders import cache as cache_module
@@ -31,10 +31,6 @@ def build(release: Path, out: Path, *more: str) -> int:
 
 def cached(split: Path, out: Path) -> int:
     return main(["cache", "--data", str(split), "--out", str(out)])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_release import ct_rate_release
+from tiny_release import contents, ct_rate_release
 
 from data_builders import run_cases
 from data_builders.__main__ import main
@@ -16,10 +16,6 @@ OPTIONS = ["--spacing", "3", "4", "4", "--margin", "2", "3", "3", "--rows_per_sh
 
 def build(release: Path, out: Path, *more: str) -> int:
     return main(["ct_rate", "--source", str(release), "--out", str(out), "--splits", "train", *OPTIONS, *more])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")

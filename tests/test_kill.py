@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from killing import run_killed
-from tiny_release import ct_rate_release
+from tiny_release import contents, ct_rate_release
 
 from data_builders import build as build_module
 from data_builders import run_cases
@@ -31,10 +31,6 @@ OPTIONS = ["--spacing", "3", "4", "4", "--margin", "2", "3", "3", "--rows_per_sh
 
 def command(source: Path, out: Path, *more: str, previews: int = 0) -> list[str]:
     return ["ct_rate", "--source", str(source), "--out", str(out), *OPTIONS, "--previews", str(previews), *more]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tiny_release import REPORT, ct_rate_release
+from tiny_release import REPORT, contents, ct_rate_release
 
 from data_builders import build as build_module
 from data_builders.__main__ import main
@@ -33,10 +33,6 @@ def rows_of(out: Path, config: str, split: str = "train") -> list[dict]:
     return [row for path in sorted(out.glob(f"{config}/{split}-*")) for row in pq.read_table(path).to_pylist()]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     return ct_rate_release(tmp_path_factory.mktemp("release"), NAMES)
@@ -47,14 +43,6 @@ def both(release, tmp_path_factory):
     out = tmp_path_factory.mktemp("both") / "split"
     assert build(release, out, "organ_crops", "volumes") == 0
     return out
-
-
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch):
-    """`datasets` keeps its copies in the test's own folder and asks no network."""
-    for name, value in {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    return str(tmp_path / "cache")
 
 
 def test_a_row_is_one_organ_of_one_scan(both):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_release import REPORT, arrays, ct_rate_release, save_nifti, write_csv
+from tiny_release import REPORT, arrays, contents, ct_rate_release, save_nifti, write_csv
 
 from data_builders.__main__ import main
 from data_builders.build import part_of
@@ -24,10 +24,6 @@ def build(release: Path, out: Path, *more: str) -> int:
 
 def merge(out: Path, *parts: Path) -> int:
     return main(["merge", "--out", str(out), *map(str, parts), "--previews", "0"])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def shards_in(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tiny_release import REPORT, arrays, ct_rate_release
+from tiny_release import REPORT, arrays, contents, ct_rate_release
 
 from data_builders import build as build_module
 from data_builders.__main__ import main
@@ -29,10 +29,6 @@ def command(source: Path, out: Path, *more: str) -> list[str]:
     return ["ct_rate", "--source", str(source), "--out", str(out), *OPTIONS, "--workers", "1", *more]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     return ct_rate_release(tmp_path_factory.mktemp("release"), NAMES)
@@ -43,14 +39,6 @@ def split(release, tmp_path_factory):
     folder = tmp_path_factory.mktemp("built") / "split"
     assert main(command(release, folder)) == 0
     return folder
-
-
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch):
-    """`datasets` keeps its copies in the test's own folder and asks no network."""
-    for name, value in {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    return str(tmp_path / "cache")
 
 
 def test_columns_are_those_of_the_design(split):

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny_release import contents
 
 from data_builders import synthetic
 from data_builders.phantom import FINDINGS_FILE, draw_patient, load_findings, render
@@ -24,10 +25,6 @@ def build(out, patients=4, validation=2, seed=0, workers=1, spacing=SPACING):
     )
     assert synthetic.run(args) == 0
     return out / "dataset"
-
-
-def contents(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")

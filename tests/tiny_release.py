@@ -89,3 +89,8 @@ def ct_rate_release(root: Path, names=("train_1_a_1", "train_2_a_1", "train_10_a
         write_csv(root / "dataset" / "radiology_text_reports" / f"{spelt}_reports.csv", reports[split])
         write_csv(root / "dataset" / "multi_abnormality_labels" / f"{split}_predicted_labels.csv", labels[split])
     return root
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by its relative name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
