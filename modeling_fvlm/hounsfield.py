@@ -26,6 +26,11 @@ WATER_HU, MIN_WATER = 200, 0.08
 DENSE_HU, MAX_DENSE = 500, 0.2
 BELOW_AIR_HU, MAX_BELOW_AIR = -1300, 0.1
 GAS_HU, MIN_GAS = -500, 0.02
+# Soft tissue is a peak at water: hardly anything of a body lies as far below fat as the second range does. In a scan
+# that was rescaled twice both ranges hold bone, and the second one more of it (3 to 6 times, in real scans).
+TISSUE_HU, BELOW_FAT_HU = (-150, 150), (-450, -150)
+MIN_TISSUE, MIN_PEAK = 0.001, 2
+AIR_SPREAD, MIN_AIR = 150, 0.3  # where a body is too small to be known by MIN_WATER, there is air
 # Where HU lie after a wrong rescale: never applied (1024, 8192), applied twice, of the other scanner, three times.
 SHIFTS = (1024, -1024, 8192, -8192, 7168, -2048)
 USUAL_PADDING = -2000  # GE scanners; so near to twice rescaled air (-2024) that only the exact value tells them apart
@@ -63,9 +68,11 @@ def choose_rescale(
         return AS_STORED, f"the declared {words} was not applied, as was asked."
     stored = sample_voxels(array)
     rescaled = stored * slope + intercept
-    if looks_like_hu(rescaled):
+    was_small, becomes_small = _is_small_body(stored), _is_small_body(rescaled)
+    if looks_like_hu(rescaled) or (becomes_small and not was_small):
         return (slope, intercept), None
-    if looks_like_hu(stored) and not _may_be_air_alone(stored, rescaled):
+    is_hu = looks_like_hu(stored) and not _may_be_air_alone(stored, rescaled)
+    if is_hu or (was_small and not becomes_small):
         return AS_STORED, (
             f"the stored values are HU already, so the declared {words} was refused: "
             f"{_share_near_water(stored):.0%} of the voxels lie within {WATER_HU} HU of water, and only "
@@ -113,23 +120,48 @@ def wrong_hu(values: np.ndarray) -> str | None:
     if looks_like_hu(values) and (has_dark or not looks_like_hu(values, SHIFTS[0])):
         return None
     for shift in SHIFTS:
-        if looks_like_hu(values, shift) and shift > 0:
+        if not looks_like_hu(values, shift):
+            continue
+        if shift > 0:
             return (
                 f"the values lie about {shift} above HU (soft tissue near {shift + 40}, air near {shift - 1000}): the "
-                f"rescale was never applied. Give rescale=(1, {-shift}), or export the series again as HU."
+                f"rescale was never applied. {how_to_rescale(1, -shift)}"
             )
-        if looks_like_hu(values, shift):
+        # Much air around a small body, and padding darker than it, pass for a body and its air that lie too low.
+        if not _has_tissue_at_water(inside):
             return (
                 f"the values lie about {-shift} below HU (soft tissue near {shift + 40}, air near {shift - 1000}): "
-                f"they were rescaled twice. Give rescale=(1, {-shift}), or export the series again as HU."
+                f"they were rescaled twice. {how_to_rescale(1, -shift)}"
             )
-    is_twice = np.mean(inside < BELOW_AIR_HU) > max(MAX_BELOW_AIR, np.mean(np.abs(inside + 1000) <= 150))
+    is_twice = np.mean(inside < BELOW_AIR_HU) > max(MAX_BELOW_AIR, np.mean(np.abs(inside + 1000) <= AIR_SPREAD))
     if is_twice and looks_like_hu(inside / 2):
         return (
-            "the values are about twice the HU (air near -2000): the slope was applied twice. Give rescale=(0.5, 0), "
-            "or export the series again as HU."
+            f"the values are about twice the HU (air near -2000): the slope was applied twice. {how_to_rescale(0.5, 0)}"
         )
     return None
+
+
+def how_to_rescale(slope: float | str, intercept: float | str) -> str:
+    """How a user gives the rescale of one scan, as the last sentence of a message."""
+    return (
+        f"Give rescale_slope {slope} and rescale_intercept {intercept} (columns in the table of `python -m "
+        f"data_builders folder`; in Python rescale=({slope}, {intercept}); not for DICOM), or export the series again "
+        "as HU."
+    )
+
+
+def _is_small_body(values: np.ndarray) -> bool:
+    """Whether a sample of values is that of a CT with much air around little soft tissue, both where they belong."""
+    inside = _without_padding(values, 0)
+    if not inside.size or np.mean(np.abs(inside + 1000) <= AIR_SPREAD) < MIN_AIR:
+        return False
+    return _has_tissue_at_water(inside)
+
+
+def _has_tissue_at_water(inside: np.ndarray) -> bool:
+    """Whether the soft tissue of a body, however small, is seen where it belongs."""
+    tissue, below_fat = (np.mean((low < inside) & (inside <= high)) for low, high in (TISSUE_HU, BELOW_FAT_HU))
+    return bool(tissue >= max(MIN_TISSUE, MIN_PEAK * below_fat))
 
 
 def padding(values: np.ndarray) -> tuple[float, float] | None:

@@ -44,6 +44,7 @@ MADE_UP = {
     "clipped air": lambda: np.maximum(body(noise=60), -1024),
     "child in a large field": lambda: body(radius=0.42),
     "padding -2000": lambda: padded(body(), -2000),
+    "padding -2048": lambda: padded(body(), -2048),
     "padding -3024": lambda: padded(body(), -3024),
     "padding -8192": lambda: padded(body(), -8192),
     "interpolated padding": lambda: padded(body(), -3024, is_smooth=True),
@@ -118,7 +119,7 @@ def test_values_that_were_rescaled_twice_are_refused_and_mended(hu):
         assert np.array_equal(mended.array, volume_from_array(hu, AFFINE).array)
 
 
-@pytest.mark.parametrize("name", ["chest", "clipped air", "padding -2000", "padding -3024"])
+@pytest.mark.parametrize("name", ["chest", "clipped air", "padding -2000", "padding -2048", "padding -3024"])
 def test_a_slope_that_was_applied_twice_is_refused_and_mended(name):
     hu = MADE_UP[name]()
     with pytest.raises(BadVolumeError, match=r"ct: the values are about twice the HU .*rescale=\(0.5, 0\)"):
@@ -133,6 +134,22 @@ def test_true_hu_are_not_suspected(hu):
     assert all("padding" in note or "the lowest value is" in note for note in volume.notes)
 
 
+@pytest.mark.parametrize("radius", [0.08, 0.2, 0.35])
+@pytest.mark.parametrize("value", [-2000, -2048, -3024, -8192])
+def test_a_small_body_among_padding_is_not_taken_for_one_rescaled_twice(value, radius):
+    """0.3 to 6 % body: its air alone passes for a body that is 1024 too low, and the padding for that body's air."""
+    for noise in (0, 20, 90):
+        for is_smooth in (False, True):
+            hu = padded(body(noise, radius), value, is_smooth)
+            assert np.mean(np.abs(hu) <= 200) < 0.08, "a body large enough is known by itself"
+            volume = volume_from_array(hu, AFFINE, "ct", rescale_mode="auto")
+            assert np.array_equal(np.sort(volume.array, axis=None), np.sort(hu, axis=None))
+            refused = volume_from_array(hu, AFFINE, "ct", (1.0, -1024.0), "auto")
+            assert np.array_equal(refused.array, volume.array) and "was refused" in refused.notes[0]
+            due = volume_from_array((hu + 1024).astype(np.int16), AFFINE, "ct", (1.0, -1024.0), "auto")
+            assert np.array_equal(due.array, volume.array)
+
+
 def test_a_lung_alone_is_not_taken_for_a_body_rescaled_twice():
     """What is outside the lung is set to one value, and hardly a voxel lies near water."""
     hu = body()
@@ -141,7 +158,7 @@ def test_a_lung_alone_is_not_taken_for_a_body_rescaled_twice():
         assert wrong_hu(sample_voxels(lung)) is None
 
 
-@pytest.mark.parametrize("value", [-2000, -3024, -8192])
+@pytest.mark.parametrize("value", [-2000, -2048, -3024, -8192])
 def test_padding_is_noted_and_kept(value):
     hu = padded(body(), value)
     volume = volume_from_array(hu, AFFINE, "ct", rescale_mode="auto")
