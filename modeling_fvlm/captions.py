@@ -69,8 +69,17 @@ def caption_hash(caption: str, is_abnormal: bool) -> int:
     Ranks exchange these instead of texts. `hash()` would differ between processes. A normal and an abnormal caption are
     never equal, whatever their text.
     """
-    digest = hashlib.blake2b(f"{int(is_abnormal)}\0{caption}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    return _hash(f"{int(is_abnormal)}\0{caption}")
+
+
+def compose_report(impression: str | None, findings: str | None) -> str:
+    """The whole report as one text, the impression first; "" where there is neither."""
+    return " ".join([*_sentences(impression), *_sentences(findings)])
+
+
+def report_hash(report: str) -> int:
+    """A signed 64-bit number, the same in every process, equal for equal reports and for no caption."""
+    return _hash(f"report\0{report}")
 
 
 def encode_captions(
@@ -78,8 +87,10 @@ def encode_captions(
     organs: Sequence[str],
     tokenizer,
     max_length: int,
+    reports: Sequence[str] | None = None,
+    max_report_length: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Tokenize the captions of a batch, each distinct one once.
+    """Tokenize the captions of a batch, each distinct one once, and its reports if asked to.
 
     A batch of 24 organs repeats its normal sentences over and over; the text encoder should see each once, padded to
     the longest and not to `max_length`.
@@ -89,14 +100,18 @@ def encode_captions(
         organs: Organ names in the order of the model's organ axis.
         tokenizer: A Hugging Face tokenizer.
         max_length: Tokens after which a caption is cut.
+        reports: Per scan its whole report (`compose_report`), "" for none. They follow the captions among the texts.
+        max_report_length: Tokens after which a report is cut; None: `max_length`.
 
     Returns:
-        `input_ids`, `attention_mask` int64 (unique captions, longest); `caption_index` int64 (batch, organs), the place
-        among the unique captions or -1; `caption_hash` int64 (batch, organs), 0 where there is none;
-        `organ_is_abnormal` bool (batch, organs).
+        `input_ids`, `attention_mask` int64 (unique texts, longest); `text_hash` int64 (unique texts), a caption's
+        `caption_hash`, a report's `report_hash`, 0 for the text of a batch that has none; `caption_index` int64
+        (batch, organs), the place among the unique texts or -1; `caption_hash` int64 (batch, organs), 0 where there is
+        none; `organ_is_abnormal` bool (batch, organs). With `reports` also `report_index` and `report_hash` int64
+        (batch,), likewise -1 and 0 where there is none.
 
     Raises:
-        ValueError: If a caption belongs to an organ that is not in `organs`.
+        ValueError: If a caption belongs to an organ that is not in `organs`, or there is not one report a scan.
     """
     size = (len(captions), len(organs))
     caption_index = torch.full(size, -1, dtype=torch.int64)
@@ -118,16 +133,48 @@ def encode_captions(
             caption_index[row, column] = places[key]
             hashes[row, column] = caption_hash(*key)
             is_abnormal[row, column] = key[1]
-    # A batch without any caption still carries one empty text: a rank whose text encoder does not run would leave the
-    # others waiting for its gradients.
-    encoded = tokenizer(texts or [""], padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    text_hashes = [caption_hash(*key) for key in places]
+    of_reports: dict[str, torch.Tensor] = {}
+    different: list[str] = []
+    if reports is not None:
+        if len(reports) != len(captions):
+            raise ValueError(f"{len(captions)} scans came with {len(reports)} reports.")
+        different = list(dict.fromkeys(report for report in reports if report))
+        place_of = {report: len(texts) + number for number, report in enumerate(different)}
+        text_hashes += [report_hash(report) for report in different]
+        of_reports = {
+            "report_index": torch.tensor([place_of.get(report, -1) for report in reports], dtype=torch.int64),
+            "report_hash": torch.tensor([report_hash(text) if text else 0 for text in reports], dtype=torch.int64),
+        }
+    # A batch without any text still carries an empty one: a rank whose text encoder does not run would leave the others
+    # waiting for its gradients.
+    if not text_hashes:
+        texts, text_hashes = [""], [0]
+    if max_report_length in (None, max_length) or not different:
+        encoded = tokenizer(
+            texts + different, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+        )
+    else:
+        parts = [
+            tokenizer(part, truncation=True, max_length=length)
+            for part, length in ((texts, max_length), (different, max_report_length))
+            if part
+        ]
+        joined = {name: [row for part in parts for row in part[name]] for name in ("input_ids", "attention_mask")}
+        encoded = tokenizer.pad(joined, return_tensors="pt")
     return {
         "input_ids": encoded["input_ids"],
         "attention_mask": encoded["attention_mask"],
+        "text_hash": torch.tensor(text_hashes, dtype=torch.int64),
         "caption_index": caption_index,
         "caption_hash": hashes,
         "organ_is_abnormal": is_abnormal,
+        **of_reports,
     }
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _sentences(sentences: str | Sequence[str] | None) -> list[str]:

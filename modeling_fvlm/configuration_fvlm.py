@@ -107,9 +107,14 @@ class FVLMConfig(PreTrainedConfig):
         text_token_types: Whether a text encoder that has a token-type table (BERT) adds its row 0 to every token. The
             published encoder has none: False, also for its converted weights.
         max_text_length: Longest caption in tokens.
+        volume_pooling: "none" (published), or a second, global branch that embeds the whole volume for its whole
+            report: "mean" or "attention" (a learned query) over the tokens of the last level that hold some organ.
+        max_report_length: Longest whole report in tokens; None: `max_text_length`.
         temperature_init, temperature_min, temperature_max: Similarities are divided by a learned temperature, kept
             within these limits during training.
-        organ_reduction: "sum" (published) or "mean" over the organs that enter the loss.
+        organ_reduction: How the losses of the organs that enter become one. "sum" (published); "mean"; "uncertainty"
+            weighs each by a variance that is learned with the model; "dwa" by how fast it falls in training (the
+            model's own forward, which knows no past, then sums).
         completeness: When the organ of a crop may enter the loss. "border": no voxel of it on a face of the crop
             (published). "min_voxels": whatever the faces say.
         min_organ_voxels: Fewest voxels a complete organ has, under either rule.
@@ -135,10 +140,12 @@ class FVLMConfig(PreTrainedConfig):
     text_pooling: Literal["cls", "mean"] = "cls"
     text_token_types: bool = True
     max_text_length: int = 384
+    volume_pooling: Literal["none", "mean", "attention"] = "none"
+    max_report_length: int | None = None
     temperature_init: float = 0.07
     temperature_min: float = 0.001
     temperature_max: float = 0.5
-    organ_reduction: Literal["sum", "mean"] = "sum"
+    organ_reduction: Literal["sum", "mean", "uncertainty", "dwa"] = "sum"
     completeness: Literal["border", "min_voxels"] = "border"
     min_organ_voxels: int = 1
     initializer_range: float = 0.02
@@ -190,6 +197,11 @@ class FVLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"vision hidden_size {self.vision_config.hidden_size} is no multiple of pooling_num_heads "
                 f"{self.pooling_num_heads}."
+            )
+        if self.max_text_length < 1 or (self.max_report_length is not None and self.max_report_length < 1):
+            raise ValueError(
+                f"max_text_length {self.max_text_length} and max_report_length {self.max_report_length} must be at "
+                "least 1 token."
             )
         if not 0 < self.temperature_min <= self.temperature_init <= self.temperature_max:
             raise ValueError(

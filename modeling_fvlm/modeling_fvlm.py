@@ -8,6 +8,9 @@ ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D. One forward:
 (3) encode every different caption of the batch once, project, normalise;
 (4) per organ, contrast the patients whose organ is complete in the crop with their captions (loss.py).
 
+A global branch, off by default (`config.volume_pooling`), embeds the whole volume beside its organs in step (2). The
+whole report it is contrasted with is one more text of step (3); that contrast is the trainer's.
+
 Arrays are (depth, height, width); a label map holds `organ index + 1` and 0 for background.
 """
 
@@ -38,6 +41,7 @@ class FVLMOrganFeatures(ModelOutput):
         image_embeds: `(batch, organs, projection_dim)`, unit length; zeros where the organ is absent.
         organ_is_complete: `(batch, organs)` bool by the config's completeness rule.
         organ_is_present: `(batch, organs)` bool: at least one token holds the organ.
+        volume_embeds: With a global branch: `(batch, projection_dim)`, unit length; zeros for a crop without any organ.
         hidden_states: With `output_hidden_states`: embeddings and every block's output, the last one normed, each
             `(batch, tokens, hidden)`; with `token_selection="organs"` the kept tokens only, padded to the longest.
         attentions: With `output_attentions`: `(batch, organs, heads, levels * patches)`, the organ queries' attention
@@ -47,24 +51,27 @@ class FVLMOrganFeatures(ModelOutput):
     image_embeds: Tensor | None = None
     organ_is_complete: Tensor | None = None
     organ_is_present: Tensor | None = None
+    volume_embeds: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: Tensor | None = None
 
 
 @dataclass
 class FVLMOutput(ModelOutput):
-    """What a forward of fVLM gives.
+    """What a forward of fVLM gives: of images, of texts, or of both.
 
     Attributes:
-        loss: Scalar; the sum or mean of `organ_losses` over active organs.
+        loss: Scalar; `organ_losses` of the active organs by `config.organ_reduction`.
         organ_losses: `(organs,)`, 0 where inactive.
         organ_is_active: `(organs,)` bool: the organ entered the loss.
         num_contrasted: `(organs,)` int64: patients contrasted in each active organ.
         image_embeds: `(batch, organs, projection_dim)`, unit length; zeros where the organ is absent.
         organ_is_complete: `(batch, organs)` bool.
         organ_is_present: `(batch, organs)` bool.
+        volume_embeds: As in `FVLMOrganFeatures`.
         text_embeds: `(texts, projection_dim)`, unit length.
         logit_scale: Scalar, 1 / temperature.
+        organ_log_variances: With `config.organ_reduction` "uncertainty": `(organs,)`, what it has learned.
         hidden_states, attentions: As in `FVLMOrganFeatures`.
     """
 
@@ -75,8 +82,10 @@ class FVLMOutput(ModelOutput):
     image_embeds: Tensor | None = None
     organ_is_complete: Tensor | None = None
     organ_is_present: Tensor | None = None
+    volume_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     logit_scale: Tensor | None = None
+    organ_log_variances: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: Tensor | None = None
 
@@ -171,6 +180,18 @@ class Temperature(nn.Module):
         return 1 / self.value.float()
 
 
+class OrganVariances(nn.Module):
+    """A learned log variance for each organ, by which its loss is weighed (`uncertainty_weighted_sum` in loss.py)."""
+
+    def __init__(self, num_organs: int):
+        super().__init__()
+        self.log_variances = nn.Parameter(torch.zeros(num_organs))
+
+    def forward(self) -> Tensor:
+        """Return them `(organs,)`, in float32."""
+        return self.log_variances.float()
+
+
 class FVLMPreTrainedModel(PreTrainedModel):
     """Weights initialisation and what the library may do with fVLM."""
 
@@ -185,6 +206,9 @@ class FVLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # The loss does not know `num_items_in_batch`: without this the Trainer would scale it wrongly when accumulating.
     accepts_loss_kwargs = False
+    # Weights of a loss, not of a model: one that was trained with them loads into one without, and the other way round.
+    _keys_to_ignore_on_load_missing = [r"^organ_variances\."]
+    _keys_to_ignore_on_load_unexpected = [r"^organ_variances\."]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -199,6 +223,8 @@ class FVLMPreTrainedModel(PreTrainedModel):
                 init.zeros_(bias)
         elif isinstance(module, Temperature):
             init.constant_(module.value, module.initial)
+        elif isinstance(module, OrganVariances):
+            init.zeros_(module.log_variances)
 
 
 class FVLMModel(FVLMPreTrainedModel):
@@ -213,6 +239,14 @@ class FVLMModel(FVLMPreTrainedModel):
         self.organ_projection = OrganProjection(num_organs, vision_width, config.projection_dim)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
         self.temperature = Temperature(config.temperature_init, config.temperature_min, config.temperature_max)
+        # Last, and without a trace in the generator: the fresh weights of all above are the same with and without it.
+        with torch.random.fork_rng(devices=[]):
+            if config.volume_pooling == "attention":
+                self.volume_pooling = OrganPooling(1, vision_width, config.pooling_num_heads, config.pooling_dropout)
+            if config.volume_pooling != "none":
+                self.volume_projection = nn.Linear(vision_width, config.projection_dim)
+        if config.organ_reduction == "uncertainty":
+            self.organ_variances = OrganVariances(num_organs)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -293,9 +327,31 @@ class FVLMModel(FVLMPreTrainedModel):
             image_embeds=image_embeds,
             organ_is_complete=organ_is_complete,
             organ_is_present=organ_is_present,
+            volume_embeds=self.embed_volume(vision_output.feature_levels[-1], kept_token_mask.any(1)),
             hidden_states=vision_output.hidden_states,
             attentions=attentions,
         )
+
+    def embed_volume(self, tokens: Tensor, token_is_kept: Tensor) -> Tensor | None:
+        """The global branch: pool the last level of a whole volume into one vector; None without such a branch.
+
+        Args:
+            tokens: Last level `(batch, tokens, hidden)`.
+            token_is_kept: `(batch, tokens)` bool: tokens that hold some organ. Background says nothing that a report
+                speaks of, and on some devices its last level is not computed at all.
+
+        Returns:
+            `(batch, projection_dim)`, unit length; zeros where no token is kept.
+        """
+        if self.config.volume_pooling == "none":
+            return None
+        if self.config.volume_pooling == "attention":
+            pooled = self.volume_pooling((tokens,), token_is_kept[:, None])[0][:, 0]
+        else:
+            weights = token_is_kept[..., None].float()
+            pooled = ((tokens.float() * weights).sum(1) / weights.sum(1).clamp(min=1)).to(tokens.dtype)
+        volume_embeds = F.normalize(self.volume_projection(pooled).float(), dim=-1)
+        return volume_embeds.masked_fill(~token_is_kept.any(1, keepdim=True), 0)
 
     @staticmethod
     def spread_attentions(attentions: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
@@ -382,11 +438,14 @@ class FVLMModel(FVLMPreTrainedModel):
         organ_token_mask: Tensor | None = None,
         organ_is_complete: Tensor | None = None,
         caption_hash: Tensor | None = None,
+        text_hash: Tensor | None = None,
+        report_index: Tensor | None = None,
+        report_hash: Tensor | None = None,
         return_loss: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> FVLMOutput:
-        """Embed organs and captions, and contrast them.
+        """Embed organs and captions, and contrast them. Images alone or texts alone are embedded.
 
         Args:
             pixel_values, organ_mask, volume, organ_token_mask, organ_is_complete: As in `get_organ_features`.
@@ -394,6 +453,7 @@ class FVLMModel(FVLMPreTrainedModel):
             caption_index: `(batch, organs)` int64: row of `input_ids` with the organ's caption, -1 for none.
             organ_is_abnormal: `(batch, organs)` bool: the caption describes a finding.
             caption_hash: `(batch, organs)` int64: equal numbers are equal captions; by default `caption_index`.
+            text_hash, report_index, report_hash: Of `encode_captions`, for a trainer; not read here.
             return_loss: True asks for the loss, False leaves it out; by default it comes when the captions do.
             output_hidden_states, output_attentions: Of the vision tower and of the organ queries.
         """
@@ -403,25 +463,33 @@ class FVLMModel(FVLMPreTrainedModel):
             raise ValueError(
                 "the loss needs input_ids, caption_index and organ_is_abnormal: give them or return_loss=False."
             )
+        has_image = not (pixel_values is None and volume is None)
+        if not has_image and (input_ids is None or return_loss or organ_mask is not None):
+            raise ValueError("give either pixel_values (windowed) or volume (HU), or input_ids alone for texts.")
 
-        organs = self.get_organ_features(
-            pixel_values,
-            organ_mask,
-            volume=volume,
-            organ_token_mask=organ_token_mask,
-            organ_is_complete=organ_is_complete,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-        )
+        organs = FVLMOrganFeatures()
+        if has_image:
+            organs = self.get_organ_features(
+                pixel_values,
+                organ_mask,
+                volume=volume,
+                organ_token_mask=organ_token_mask,
+                organ_is_complete=organ_is_complete,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+            )
         # (3)
         text_embeds = None if input_ids is None else self.get_text_features(input_ids, attention_mask)
         logit_scale = self.temperature()
+        log_variances = self.organ_variances() if self.config.organ_reduction == "uncertainty" else None
         output = FVLMOutput(
             image_embeds=organs.image_embeds,
             organ_is_complete=organs.organ_is_complete,
             organ_is_present=organs.organ_is_present,
+            volume_embeds=organs.volume_embeds,
             text_embeds=text_embeds,
             logit_scale=logit_scale,
+            organ_log_variances=log_variances,
             hidden_states=organs.hidden_states,
             attentions=organs.attentions,
         )
@@ -435,6 +503,7 @@ class FVLMModel(FVLMPreTrainedModel):
                 is_valid=organs.organ_is_complete & (caption_index >= 0),
                 logit_scale=logit_scale,
                 reduction=self.config.organ_reduction,
+                log_variances=log_variances,
             )
             output.loss, output.organ_losses = result.loss, result.organ_losses
             output.organ_is_active, output.num_contrasted = result.organ_is_active, result.num_contrasted

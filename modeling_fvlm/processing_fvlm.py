@@ -85,7 +85,8 @@ class FVLMProcessor(ProcessorMixin):
             captions = [captions] if isinstance(captions, Mapping) else captions
             if volumes is not None and len(captions) != len(features["organ_mask"]):
                 raise ValueError(f"{len(features['organ_mask'])} scans came with {len(captions)} dicts of captions.")
-            features.update(encode_captions(captions, self.organs, self.tokenizer, self.max_text_length))
+            encoded = encode_captions(captions, self.organs, self.tokenizer, self.max_text_length)
+            features.update({name: tensor for name, tensor in encoded.items() if name != "text_hash"})
         if text is not None:
             encoded = self.tokenizer(
                 [text] if isinstance(text, str) else list(text),
