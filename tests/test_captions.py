@@ -7,8 +7,10 @@ from transformers import BertTokenizerFast
 from modeling_fvlm.captions import (
     caption_hash,
     compose_caption,
+    compose_report,
     encode_captions,
     normal_caption,
+    report_hash,
     strip_normal_prefix,
 )
 
@@ -87,11 +89,14 @@ def test_a_batch_encodes_each_caption_once(tokenizer):
     expected = tokenizer(["emphysema .", normal_caption("heart"), "emphysema .", "small nodule ."], padding=True)
     assert encoded["input_ids"].tolist() == expected["input_ids"]
     assert encoded["attention_mask"].tolist() == expected["attention_mask"]
-    assert set(encoded) == {"input_ids", "attention_mask", "caption_index", "caption_hash", "organ_is_abnormal"}
+    names = {"input_ids", "attention_mask", "text_hash", "caption_index", "caption_hash", "organ_is_abnormal"}
+    assert set(encoded) == names
     for row, captions in enumerate(batch):
         for column, organ in enumerate(ORGANS):
             value = caption_hash(*captions[organ]) if organ in captions else 0
             assert encoded["caption_hash"][row, column] == value
+            if organ in captions:
+                assert encoded["text_hash"][encoded["caption_index"][row, column]] == value
     for name in ("caption_index", "caption_hash", "input_ids"):
         assert encoded[name].dtype == torch.int64
 
@@ -119,6 +124,46 @@ def test_a_batch_without_captions_still_has_one_text(tokenizer):
     encoded = encode_captions([{}, {}], ORGANS, tokenizer, 32)
     assert encoded["input_ids"].shape[0] == 1 and encoded["attention_mask"].any()
     assert (encoded["caption_index"] == -1).all() and encoded["caption_index"].shape == (2, 3)
+    assert encoded["text_hash"].tolist() == [0]
+
+
+def test_reports_follow_the_captions_each_once(tokenizer):
+    nodule, effusion = "small nodule .", "large effusion . lung shows no significant abnormalities ."
+    batch = [{"lung": (nodule, True)}, {}, {}, {"heart": (nodule, True)}]
+    alone = encode_captions(batch, ORGANS, tokenizer, max_length=32)
+    encoded = encode_captions(batch, ORGANS, tokenizer, 32, reports=[effusion, "", nodule, effusion])
+    assert encoded["report_index"].tolist() == [1, -1, 2, 1]
+    hashes = [report_hash(effusion), 0, report_hash(nodule), report_hash(effusion)]
+    assert encoded["report_hash"].tolist() == hashes and encoded["report_hash"].dtype == torch.int64
+    # The caption and the report of patient 2 are the same words, and yet two texts.
+    assert encoded["text_hash"].tolist() == [caption_hash(nodule, True), *hashes[:1], *hashes[2:3]]
+    assert len(set(encoded["text_hash"].tolist())) == 3
+    expected = tokenizer([nodule, effusion, nodule], padding=True)
+    for name in ("input_ids", "attention_mask"):
+        assert encoded[name].tolist() == expected[name]
+    for name in ("caption_index", "caption_hash", "organ_is_abnormal"):
+        assert torch.equal(encoded[name], alone[name])
+    with pytest.raises(ValueError, match="4 scans came with 3 reports"):
+        encode_captions(batch, ORGANS, tokenizer, 32, reports=[nodule] * 3)
+    only_empty = encode_captions([{}], ORGANS, tokenizer, 32, reports=[""])
+    assert only_empty["report_index"].tolist() == [-1] and only_empty["text_hash"].tolist() == [0]
+
+
+@pytest.mark.parametrize("lengths", [(6, 9), (9, 6), (6, 6)])
+def test_reports_have_a_limit_of_their_own(tokenizer, lengths):
+    long = " ".join(["small", "large"] * 40)
+    batch = [{"lung": (long, True)}, {"lung": ("nodule", True)}]
+    encoded = encode_captions(batch, ORGANS, tokenizer, lengths[0], ["nodule", long], max_report_length=lengths[1])
+    assert encoded["attention_mask"].sum(1).tolist() == [lengths[0], 3, 3, lengths[1]]
+    assert encoded["input_ids"].shape == (4, max(lengths))
+    plain = encode_captions(batch, ORGANS, tokenizer, lengths[0])["input_ids"]
+    assert encoded["input_ids"][:2, : lengths[0]].tolist() == plain.tolist()
+    assert not encoded["input_ids"][encoded["attention_mask"] == 0].any(), "padding is [PAD]"
+
+
+def test_a_report_is_impression_before_findings():
+    assert compose_report("Emphysema. ", " A small nodule.") == "Emphysema. A small nodule."
+    assert compose_report("", "A small nodule.") == "A small nodule." and compose_report(None, " ") == ""
 
 
 def test_a_caption_of_an_unknown_organ_is_refused(tokenizer):

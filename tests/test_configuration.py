@@ -25,6 +25,7 @@ def test_defaults_are_the_published_model():
     assert tuple(config.spacing) == (3.0, 1.0, 1.0) and tuple(config.margin_voxels) == (5, 20, 20)
     assert (config.temperature_init, config.temperature_min, config.temperature_max) == (0.07, 0.001, 0.5)
     assert (config.organ_reduction, config.completeness, config.min_organ_voxels) == ("sum", "border", 1)
+    assert config.volume_pooling == "none" and config.max_report_length is None
     text = config.text_config
     assert (text.model_type, text.hidden_size, text.num_hidden_layers, text.vocab_size) == ("bert", 768, 12, 30522)
 
@@ -115,6 +116,8 @@ def test_impossible_towers_are_refused(fields, message):
         ({"pooling_num_heads": 5}, "no multiple of pooling_num_heads 5"),
         ({"temperature_init": 0.6}, "temperature_min <= temperature_init <= temperature_max"),
         ({"text_pooling": "max"}, "text_pooling"),
+        ({"volume_pooling": "max"}, "volume_pooling"),
+        ({"max_report_length": 0}, "max_report_length 0 must be at least 1 token"),
         ({"text_config": {"model_type": "no-such-encoder"}}, "no-such-encoder"),
         ({"organ_set": "body_42"}, "body_42"),
     ],

@@ -147,7 +147,7 @@ def test_half_precision_embeddings_and_autocast_are_scored_in_float32():
 
 def test_errors_name_what_was_given():
     batch = random_batch(0)
-    with pytest.raises(ValueError, match="reduction must be 'sum' or 'mean', got 'max'"):
+    with pytest.raises(ValueError, match="reduction must be one of sum, mean, uncertainty, dwa, got 'max'"):
         organ_contrastive_loss(*batch, 1.0, "max")
     with pytest.raises(ValueError, match=r"\(7, 6, 5\), \(7, 5, 5\)"):
         organ_contrastive_loss(batch[0], batch[1][:, :5], *batch[2:], 1.0)

@@ -369,6 +369,94 @@ def test_return_loss_false_leaves_the_loss_to_the_caller(batch):
     assert images_only.loss is None and images_only.text_embeds is None
 
 
+def test_texts_alone_and_images_alone_are_what_they_are_together(batch):
+    model = make_model().eval()
+    both = model(**batch, return_loss=False)
+    texts = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert torch.equal(texts.text_embeds, both.text_embeds) and torch.equal(texts.logit_scale, both.logit_scale)
+    assert texts.image_embeds is texts.organ_is_complete is texts.organ_is_present is texts.loss is None
+    images = model(volume=batch["volume"], organ_mask=batch["organ_mask"])
+    assert torch.equal(images.image_embeds, both.image_embeds) and images.text_embeds is None
+    assert torch.equal(images.organ_is_complete, both.organ_is_complete) and images.logit_scale is not None
+
+
+# --- the global branch --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("token_selection", ["all", "organs"])
+@pytest.mark.parametrize("volume_pooling", ["mean", "attention"])
+def test_volume_embeds_are_the_pooled_tokens_of_all_organs(batch, volume_pooling, token_selection):
+    model = make_model(token_selection, volume_pooling=volume_pooling).eval()
+    batch["organ_mask"][2] = 0
+    output = model(**batch, return_loss=False)
+    counts, _ = organ_occupancy(batch["organ_mask"], len(ORGANS), PATCH_SIZE)
+    tower = model.vision_model(batch["volume"][:, None], counts > 0, model.config.windows)
+    last, index = tower.feature_levels[-1], tower.token_index
+    for patient in range(2):
+        kept = (counts[patient] > 0).any(0)
+        rows = last[patient][kept] if index is None else last[patient][: int(kept.sum())]
+        if index is not None:
+            assert index[patient][: int(kept.sum())].tolist() == kept.nonzero()[:, 0].tolist()
+        pooled = rows.mean(0)
+        if volume_pooling == "attention":
+            one = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+            own = model.volume_pooling
+            state = {"in_proj_weight": own.in_proj_weight, "in_proj_bias": own.in_proj_bias}
+            one.load_state_dict(state | {f"out_proj.{n}": p for n, p in own.out_proj.named_parameters()})
+            pooled = one(own.query_tokens[None], rows[None], rows[None])[0][0, 0]
+        expected = torch.nn.functional.normalize(model.volume_projection(pooled), dim=-1)
+        torch.testing.assert_close(output.volume_embeds[patient], expected, rtol=0, atol=1e-5)
+    assert not output.volume_embeds[2].any(), "no organ, no embedding"
+    assert torch.equal(model.get_organ_features(**images_of(batch)).volume_embeds, output.volume_embeds)
+
+
+def images_of(batch):
+    return {"volume": batch["volume"], "organ_mask": batch["organ_mask"]}
+
+
+@pytest.mark.parametrize("fields", [{"volume_pooling": "attention"}, {"organ_reduction": "uncertainty"}])
+def test_what_is_off_leaves_no_trace_and_what_is_on_changes_no_other_weight(batch, fields, tmp_path):
+    torch.manual_seed(0)
+    plain = FVLMModel(make_config())
+    torch.manual_seed(0)
+    more = FVLMModel(make_config(**fields))
+    names, added = set(plain.state_dict()), set(more.state_dict()) - set(plain.state_dict())
+    prefixes = ("volume_pooling.", "volume_projection.", "organ_variances.")
+    assert added and all(name.startswith(prefixes) for name in added)
+    assert not any(name.startswith(prefixes) for name in names)
+    assert all(torch.equal(more.state_dict()[name], tensor) for name, tensor in plain.state_dict().items())
+    output = plain(**batch)
+    assert output.volume_embeds is output.organ_log_variances is None
+    more.save_pretrained(tmp_path)
+    loaded = FVLMModel.from_pretrained(tmp_path).eval()
+    for name in ("volume_embeds", "organ_log_variances", "loss"):
+        ours, theirs = getattr(more.eval()(**batch), name), getattr(loaded(**batch), name)
+        assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
+
+
+@pytest.mark.parametrize("there", ["sum", "uncertainty"])
+def test_learned_variances_are_no_part_of_a_model_that_is_started_from(tmp_path, there):
+    here = {"sum": "uncertainty", "uncertainty": "sum"}[there]
+    model = FVLMModel(make_config(organ_reduction=there))
+    model.save_pretrained(tmp_path)
+    loaded = modeling_fvlm.load_whole_model(tmp_path, config=make_config(organ_reduction=here))
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items()
+               if not name.startswith("organ_variances."))  # fmt: skip
+    if here == "uncertainty":
+        assert loaded.organ_variances.log_variances.tolist() == [0.0] * 3
+
+
+def test_uncertainty_in_the_models_own_loss(batch):
+    model = make_model(organ_reduction="uncertainty")
+    output = model(**batch)
+    variances = output.organ_log_variances.detach()
+    assert variances.any() and output.organ_is_active.tolist() == [True, False, True]
+    expected = sum((-variances[o]).exp() * output.organ_losses[o] + variances[o] / 2 for o in (0, 2))
+    torch.testing.assert_close(output.loss, expected)
+    gradient = gradients(model, output.loss)["organ_variances.log_variances"]
+    assert gradient[0] and gradient[2] and not gradient[1]
+
+
 def test_temperature_is_clamped_in_training_alone(batch):
     model = make_model()
     with torch.no_grad():
@@ -549,6 +637,11 @@ def test_wrong_inputs_are_refused_with_a_remedy(batch):
     volume, mask = batch["volume"], batch["organ_mask"]
     with pytest.raises(ValueError, match="either pixel_values"):
         model(organ_mask=mask)
+    with pytest.raises(ValueError, match="either pixel_values"):
+        model(input_ids=batch["input_ids"], organ_mask=mask)
+    with pytest.raises(ValueError, match="either pixel_values"):
+        captions = {name: batch[name] for name in ("input_ids", "caption_index", "organ_is_abnormal")}
+        model(**captions)
     with pytest.raises(ValueError, match="organ_mask is missing"):
         model(volume=volume)
     with pytest.raises(ValueError, match="organ_mask is missing"):
