@@ -145,6 +145,7 @@ def train(settings: Settings) -> None:
     backend = gemm_backend_of_run(trainer)
     run = describe_run(settings, trainer, backend)
     trainer.write_card = lambda: write_card(trainer, run)
+    run["organs"] = None if start is None else start.describe_organs()
     if trainer.is_world_process_zero():
         write_run(run, args.output_dir)
 

@@ -81,10 +81,13 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Start from a folder that `python -m training_fvlm.convert` or an earlier training wrote: its "
-            "architecture, weights, text encoder and tokenizer. Organs must be the split's (another order is brought "
-            "into line by name). The model section may then change only what holds no weights: dropouts, limits of the "
-            "temperature, organ_reduction, completeness, windows and the like. With --resume_from_checkpoint the "
-            "folder must still be there: the architecture is read from it."
+            "architecture, weights, text encoder and tokenizer. Organs are found by name and keep query and projection; "
+            "one that the model does not know takes those of its nearest (same TotalSegmentator classes, else the "
+            "nearest centre in the split's masks), and those the split lacks are dropped: the log, run.json and the "
+            "card say which took which. Spacing, margin and preprocessing must be the split's. The model section may "
+            "then change only what holds no weights: dropouts, limits of the temperature, organ_reduction, "
+            "completeness, windows and the like. With --resume_from_checkpoint the folder must still be there: the "
+            "architecture is read from it."
         },
     )
     train_split: str = field(default="train", metadata={"help": "Name of the split to train on."})

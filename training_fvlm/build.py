@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .arguments import SettingsError, build_config, has_auto_windows
 from .collator import FVLMCollator
 from .data import ProcessedSplit, SplitDescription
 from .embed import embed
+from .organ_origins import measure_centres
 from .start import Start
 from .text import load_text_encoder, put_text_encoder, text_config_from_scratch, train_tokenizer
 
@@ -89,7 +91,11 @@ def build_model(
         config = build_config({**model, "windows": measured}, **given)
         logger.info("windows measured on %d volumes: %s", min(window_volumes, len(dataset)), measured)
 
-    fvlm = FVLMModel(config) if start is None else start.load(config)
+    if start is None:
+        fvlm = FVLMModel(config)
+    else:
+        measure = partial(measure_centres, dataset, len(description.organs), description.spacing)
+        fvlm = start.load(config, measure)
     if pretrained is not None:
         put_text_encoder(fvlm.text_model, pretrained)
     return fvlm, FVLMProcessor.from_config(config, tokenizer)

@@ -63,6 +63,7 @@ def render_card(
             [
                 ("recipe", _recipe(run["recipe"])),
                 ("started from", ", ".join(started_from) or "random weights"),
+                *_organs(run.get("organs")),
                 ("data", f"{run['data_name']}, splits by patient"),
                 ("rows", ", ".join(f"{count:,} {split}" for split, count in run["data_rows"].items())),
                 ("captions", "SHUFFLED between patients: a control" if run["data"]["shuffle_captions"] else "own"),
@@ -240,6 +241,20 @@ def _window(window: dict[str, float]) -> str:
         f"[{window['hu_min']:g}, {window['hu_max']:g}] HU -> [0, 1], then minus {window['mean']:g}, "
         f"divided by {window['std']:g}"
     )
+
+
+def _organs(organs: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Rows on where the organs' queries and projections are from; none where they are those it started from."""
+    if organs is None:
+        return []
+    rows = [("organs it knew and kept", ", ".join(organs["kept"]) or "none")]
+    if organs["new"]:
+        new = (f"{organ} from {origin['from'] or 'fresh weights'} ({origin['because']})"
+               for organ, origin in organs["new"].items())  # fmt: skip
+        rows.append(("new organs, and what they started from", "; ".join(new)))
+    if organs["dropped"]:
+        rows.append(("organs it knew and lost", ", ".join(organs["dropped"])))
+    return rows
 
 
 def _flips(data: dict[str, Any]) -> str:
