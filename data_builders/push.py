@@ -7,9 +7,10 @@ Under terms of your own:
     python -m data_builders push --data out/split --repo owner/name --license other \\
         --license_name hospital-research-terms --license_link https://example.org/terms
 
-What is uploaded: README.md, manifest.json, the Parquet shards that the manifest lists, and previews/*.png. Nothing
-else: no salt, no hidden file. Before that every shard is compared with its sha256 in the manifest, and reports and ids
-are searched for dates, names and numbers of persons; with --yes you say that you have looked at what was found.
+What is uploaded: README.md, manifest.json, the Parquet shards that the manifest lists, and of previews/ the pictures of
+rows of these. Nothing else: no salt, no hidden file, no picture of a case that has been taken out. Before that every
+shard is compared with its sha256 in the manifest, and reports and ids are searched for dates, names and numbers of
+persons; with --yes you say that you have looked at what was found.
 Log in first with `hf auth login`, or set HF_TOKEN. An upload that was broken off is continued by the same command: the
 card comes last, so a repository with a card is whole.
 A CT of the head shows the face, and no builder takes it away: think of that before you make a split public.
@@ -20,6 +21,7 @@ import glob
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from rich.progress import Progress
 
 from .cases import Case, OrganText, nearest
 from .decompose import split_sentences
+from .previews import picture_name
 from .privacy import concern_lines, scan_reports
 from .shards import PROGRESS_FOLDER, ShardRecord
 
@@ -103,8 +106,7 @@ def run(args: argparse.Namespace) -> int:
     manifest = read_manifest(args.data)
     check_right_to_publish(manifest, args)
     shards = shard_files(manifest)
-    pictures = [path for path in sorted(args.data.glob("previews/[!.]*.png")) if not path.is_symlink()]
-    files = [entry["file"] for entry in shards] + [f"previews/{path.name}" for path in pictures]
+    files = [entry["file"] for entry in shards]
     card = hub_card(args.data, manifest, terms, args)
     if get_token() is None:
         raise ValueError("there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN.")
@@ -114,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         check_repo(api, info, files, args)
         check_shards(args.data, shards)
         check_concerns(args.data, files, manifest, args)
+        files += [f"previews/{name}" for name in pictures_of_rows(args.data, files)]
         url = upload(api, info, files, card, args)
     except (hub_errors.HTTPError, hub_errors.OfflineModeIsEnabled) as error:  # a refusal, or no network (any more)
         raise ValueError(
@@ -170,6 +173,31 @@ def read_manifest(folder: Path) -> dict:
 def shard_files(manifest: dict) -> list[dict]:
     """`file`, `bytes` and `sha256` of every Parquet file of the split."""
     return [entry for content in manifest["shards"] for entry in ShardRecord(**content).files()]
+
+
+def pictures_of_rows(folder: Path, shards: Sequence[str]) -> list[str]:
+    """Names of the pictures in previews/ that show a row of these shards at its place.
+
+    Pictures of an earlier state may lie there as well, of a case that has been taken out since: they stay here.
+    """
+    wanted, places = set(), Counter()
+    for name in shards:
+        config, _, file = name.partition("/")
+        if config != "volumes":  # others have no pictures
+            continue
+        split = file.split("-")[0]
+        for recon_id in pq.read_table(folder / name, columns=["recon_id"])["recon_id"].to_pylist():
+            wanted.add(picture_name(split, places[split], recon_id))
+            places[split] += 1
+    found = [path.name for path in sorted(folder.glob("previews/[!.]*.png")) if not path.is_symlink()]
+    others = [name for name in found if name not in wanted]
+    if others:
+        console.print(
+            f"{len(others)} pictures in previews/ show no row of this split at its place, and are not uploaded.",
+            style="yellow",
+            soft_wrap=True,
+        )
+    return [name for name in found if name in wanted]
 
 
 def check_right_to_publish(manifest: dict, args: argparse.Namespace) -> None:
@@ -281,7 +309,9 @@ def check_repo(api: HfApi, info: DatasetInfo | None, files: Sequence[str], args:
             "history would come to light: do it in its settings on the Hub, and leave out --public here."
         )
     present = {sibling.rfilename for sibling in info.siblings or ()}
-    strange = present - {*files, "README.md", "manifest.json", ".gitattributes"}
+    # Pictures: of an upload that broke off.
+    strange = {name for name in present if not re.fullmatch(r"previews/[^/]+\.png", name)}
+    strange -= {*files, "README.md", "manifest.json", ".gitattributes"}
     if strange and "manifest.json" not in present:
         raise ValueError(
             f"{args.repo} holds something else ({sorted(strange)[0]} and {len(strange) - 1} more files), no processed "

@@ -5,8 +5,10 @@ import pytest
 from PIL import Image
 from tiny_release import ct_rate_release
 
+from data_builders import previews
 from data_builders.__main__ import main
 from data_builders.previews import draw_case, fullest_voxel, organ_colors, organs_to_show, plane_of
+from modeling_fvlm.organs import load_organ_set
 from modeling_fvlm.processed_split import encode_array
 
 ORGANS = ("lung", "heart", "liver")
@@ -79,7 +81,7 @@ def test_on_the_page_the_heart_is_right_of_the_liver_and_above_it(tmp_path):
     # The coronal plane of the overview: the second of three pictures in the first of three lines.
     columns = slice(int(0.215 * width), int(0.425 * width))
     overview = picture[: int(0.36 * height), columns]
-    colors = organ_colors(len(ORGANS))
+    colors = organ_colors(ORGANS)
     heart, liver = (np.argwhere(where(overview, colors[index])) for index in (1, 2))
     assert len(heart) > 50 and len(liver) > 50, "both organs are drawn"
     assert not where(picture, colors[0]).any(), "an absent organ is not"
@@ -88,6 +90,73 @@ def test_on_the_page_the_heart_is_right_of_the_liver_and_above_it(tmp_path):
     # 6 planes of 10 mm by 8 columns of 5 mm: the picture is true to millimetres, not to voxels.
     tall, wide = np.ptp(heart[:, 0]) + 1, np.ptp(heart[:, 1]) + 1
     assert tall / wide == pytest.approx(60 / 40, rel=0.1)
+
+
+# Organs that lie on one another, or look alike, in some plane.
+NEIGHBOURS = (
+    *(("lung", "heart"), ("lung", "liver"), ("lung", "rib"), ("heart", "aorta"), ("heart", "pulmonary_artery")),
+    *(("heart", "esophagus"), ("trachea", "esophagus"), ("aorta", "esophagus"), ("aorta", "thoracic_vertebrae")),
+    *(("aorta", "inferior_vena_cava"), ("aorta", "lumbar_vertebrae"), ("liver", "gallbladder"), ("liver", "stomach")),
+    *(("liver", "kidney"), ("liver", "inferior_vena_cava"), ("liver", "portal_and_splenic_vein"), ("liver", "colon")),
+    *(("liver", "duodenum"), ("stomach", "spleen"), ("stomach", "pancreas"), ("spleen", "kidney"), ("spleen", "colon")),
+    *(("pancreas", "duodenum"), ("pancreas", "portal_and_splenic_vein"), ("kidney", "adrenal_gland")),
+    *(("kidney", "iliopsoas"), ("kidney", "autochthon"), ("colon", "small_bowel"), ("colon", "urinary_bladder")),
+    *(("duodenum", "small_bowel"), ("iliac_artery", "iliac_vein"), ("iliopsoas", "lumbar_vertebrae")),
+    *(
+        ("hip", "sacrum"),
+        ("hip", "femur"),
+        ("hip", "gluteus"),
+        ("femur", "gluteus"),
+        ("gluteus", "sacrum"),
+        ("face", "brain"),
+    ),
+    *(
+        ("face", "brain"),
+        ("scapula", "humerus"),
+        ("clavicula", "scapula"),
+        ("scapula", "rib"),
+        ("lumbar_vertebrae", "sacrum"),
+    ),
+    *(("cervical_vertebrae", "thoracic_vertebrae"), ("thoracic_vertebrae", "lumbar_vertebrae"), ("lung", "spleen")),
+)
+
+
+def oklab(colors: np.ndarray) -> np.ndarray:
+    """sRGB -> lightness and two colour axes, in which distances are as the eye sees them (B. Ottosson, 2020)."""
+    linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+    to_cones = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
+    to_lab = [[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]
+    return np.cbrt(linear @ np.transpose(to_cones)) @ np.transpose(to_lab)
+
+
+@pytest.mark.parametrize("name", ["chest_4", "body_24", "body_36"])
+def test_no_two_organs_have_one_colour_and_neighbours_are_least_alike(name):
+    organs = load_organ_set(name).organs
+    colors = oklab(organ_colors(organs)[:, :3])
+    distance = np.linalg.norm(colors[:, None] - colors[None], axis=2)
+    assert distance[~np.eye(len(organs), dtype=bool)].min() > 0.09, "0.02 is just to be told apart, side by side"
+    pairs = [(organs.index(a), organs.index(b)) for a, b in NEIGHBOURS if a in organs and b in organs]
+    assert min(distance[pair] for pair in pairs) > 0.18 and len(pairs) >= 3
+    assert np.hypot(colors[:, 1], colors[:, 2]).min() > 0.1, "a grey would pass for the CT"
+
+
+def test_an_organ_has_its_colour_in_every_set_and_unknown_ones_have_others():
+    body = load_organ_set("body_36").organs
+    of_body = dict(zip(body, organ_colors(body).tolist()))
+    mine = ("tumour", "liver", "stent", "heart")
+    colors = dict(zip(mine, organ_colors(mine).tolist()))
+    assert [colors[organ] for organ in ("liver", "heart")] == [of_body[organ] for organ in ("liver", "heart")]
+    assert len({tuple(color) for color in colors.values()}) == 4
+    many = tuple(f"organ_{number}" for number in range(100))
+    assert len({tuple(color) for color in organ_colors((*many, "liver")).tolist()}) == 101
+
+
+def test_the_legend_holds_the_organs_that_are_there(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(previews, "draw_legend", lambda axes, organs, present, colors: drawn.append((organs, present)))
+    draw_case(case(), tmp_path / "case.png")
+    ((organs, present),) = drawn
+    assert [organs[index] for index in present] == ["heart", "liver"]
 
 
 def test_the_same_row_gives_the_same_bytes(tmp_path):

@@ -42,7 +42,8 @@ def built(tmp_path_factory):
     arguments += ["--workers", 1, "--rows_per_shard", 1, "--configs", "volumes", "organ_crops"]
     assert main(["folder", *map(str, arguments)]) == 0
     (folder / "split" / "previews").mkdir(exist_ok=True)
-    (folder / "split" / "previews" / "train-000-r0.png").write_bytes(b"picture")  # to draw one takes seconds
+    first = pq.read_table(min((folder / "split" / "volumes").glob("train-*")), columns=["recon_id"])["recon_id"][0]
+    (folder / "split" / "previews" / f"train-000-{first}.png").write_bytes(b"picture")  # to draw one takes seconds
     return folder / "split"
 
 
@@ -123,6 +124,24 @@ print(json.dumps([rows, crops.num_rows, crops.column_names]))
     assert rows == [name for table in files for name in table["recon_id"].to_pylist()] and len(rows) == 2
     (crops,) = (split / "organ_crops").glob("validation-*.parquet")
     assert num_crops == pq.read_metadata(crops).num_rows > 1 and "organ" in columns
+
+
+def test_pictures_of_cases_that_are_no_longer_there_stay_here(hub, split, capfd):
+    """A patient was taken out and the split built anew in its folder; who was the second row is the first now."""
+    (picture,) = (split / "previews").glob("*.png")
+    names = {
+        split: [name for path in sorted((split_folder / "volumes").glob(f"{split}-*.parquet"))
+                for name in pq.read_table(path, columns=["recon_id"])["recon_id"].to_pylist()]
+        for split_folder, split in ((split, "train"), (split, "validation"))
+    }  # fmt: skip
+    own = [f"train-001-{names['train'][1]}.png", f"validation-000-{names['validation'][0]}.png"]
+    others = [f"train-001-{names['train'][0]}.png", "train-000-r0000000000000000.png", "train-002-DOE.png", "x.png"]
+    for name in (*own, *others):
+        (split / "previews" / name).write_bytes(b"picture")
+    assert upload(split) == 0
+    there = {name for name in hub.files("dataset", REPO) if name.startswith("previews/")}
+    assert there == {f"previews/{name}" for name in (picture.name, *own)}
+    assert "4 pictures in previews/ show no row of this split" in " ".join(capfd.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
