@@ -72,6 +72,7 @@ RESUMED_SETTINGS = (
     *(f"data.{name}" for name in ("train_split", "max_train_rows", "shuffle_captions")),
     *(f"data.{name}" for name in ("random_crop", "flip_axes", "flip_probability")),
     *(f"training.{name}" for name in ("seed", "data_seed", "train_sampling_strategy", "per_device_train_batch_size")),
+    *(f"training.{name}" for name in ("contrastive_batch_size", "micro_batch_size")),
     *(f"training.{name}" for name in ("gradient_accumulation_steps", "lr_schedule", "warmup_start_lr", "min_lr")),
     *(f"training.{name}" for name in ("weight_decay_everywhere", "skip_inactive_organs", "published_gradient_scale")),
     "training.attn_implementation",
@@ -144,8 +145,8 @@ def train(settings: Settings) -> None:
     )
     backend = gemm_backend_of_run(trainer)
     run = describe_run(settings, trainer, backend)
-    trainer.write_card = lambda: write_card(trainer, run)
     run["organs"] = None if start is None else start.describe_organs()
+    trainer.write_card = lambda: write_card(trainer, run)
     if trainer.is_world_process_zero():
         write_run(run, args.output_dir)
 
@@ -186,8 +187,8 @@ def load_datasets(settings: Settings) -> tuple[ProcessedSplit, ProcessedSplit | 
     if len(rows) < args.group_size:
         raise SettingsError(
             f"{data.data}, split {data.train_split}: {len(rows)} rows do not fill one batch of {args.group_size} "
-            "(--per_device_train_batch_size times processes). Lower that, or give the split more training patients: a "
-            "smaller --validation_fraction when it is built, for instance."
+            "(--contrastive_batch_size, or --per_device_train_batch_size times processes). Lower that, or give the "
+            "split more training patients: a smaller --validation_fraction when it is built, for instance."
         )
     caption_rows = None
     if data.shuffle_captions:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_training import dataset_of, tiny_model, tiny_rows
+from tiny_training import dataset_of, forward_batch, tiny_model, tiny_rows
 
 from training_fvlm.arguments import SettingsError
 from training_fvlm.build import centre_projections
@@ -20,7 +20,7 @@ def projections(model, collator, dataset):
     ]
     batch = collator([dataset[index] for index in range(NUM_ROWS)])
     with torch.no_grad():
-        model.eval()(**batch, return_loss=False)
+        model.eval()(**forward_batch(batch), return_loss=False)
     for hook in hooks:
         hook.remove()
     return outputs["organ_projection"], batch["organ_is_complete"], outputs["text_projection"]

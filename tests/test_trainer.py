@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_split import ORGANS, tiny_row
-from tiny_training import tiny_rows, tiny_trainer
+from tiny_training import forward_batch, tiny_rows, tiny_trainer
 from transformers import TrainerCallback
 
 from modeling_fvlm.loss import organ_contrastive_loss
@@ -48,7 +48,7 @@ def test_loss_and_gradient_are_those_of_the_models_own_forward(tmp_path, reducti
     trainer = tiny_trainer(tmp_path, rows, is_random=False, callbacks=[gradients], **settings)
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
     trainer.model.train()
-    output = trainer.model(**batch)
+    output = trainer.model(**forward_batch(batch))
     output.loss.backward()
     expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
@@ -194,7 +194,7 @@ def test_evaluation_contrasts_all_rows_in_groups_of_the_training_batch(tmp_path)
     with torch.no_grad():
         for index in range(len(rows)):
             batch = trainer.eval_collator([trainer.eval_dataset[index]])
-            output = model(**batch, return_loss=False)
+            output = model(**forward_batch(batch), return_loss=False)
             captions = output.text_embeds[batch["caption_index"].clamp(min=0)]
             valid = output.organ_is_complete & (batch["caption_index"] >= 0)
             identity = (batch["caption_hash"], batch["organ_is_abnormal"], valid)

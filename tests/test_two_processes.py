@@ -13,23 +13,34 @@ from safetensors.torch import load_file
 from two_process_worker import CASES, run_case
 
 WORKER = Path(__file__).with_name("two_process_worker.py")
+OF_FOUR = ("cached", "cached, one rank has no whole organ")
 CPU_TWO = WORKER.parents[1] / "hub_configs" / "accelerate" / "cpu_two.yaml"
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
-    """Folder with what two processes saw in each case."""
-    folder = tmp_path_factory.mktemp("two")
+def launch(folder: Path, num_processes: int, *names: str) -> Path:
+    """Run the worker's cases on so many processes; the folder with what they saw."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU_TWO)]
     # A port of its own: two test processes of one machine may come here at the same time.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [*launch, "--main_process_port", str(port), str(WORKER), str(folder)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU_TWO)]
+    command += ["--num_processes", str(num_processes), "--main_process_port", str(port), str(WORKER), str(folder)]
+    run = subprocess.run([*command, *names], env=environment, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr[-4000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """What two processes saw in each case."""
+    return launch(tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Path:
+    """What four processes saw in those cases whose batch they can share."""
+    return launch(tmp_path_factory.mktemp("four"), 4, *OF_FOUR)
 
 
 def read(folder: Path, name: str) -> dict:
@@ -38,10 +49,19 @@ def read(folder: Path, name: str) -> dict:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_have_the_loss_and_the_gradient_of_one(two, tmp_path, name):
-    facts, gradients = read(two, name), load_file(two / f"{name}.safetensors")
-    assert facts["world_size"] == 2 and facts["wrapper"] == "DistributedDataParallel", (
-        "two runs of one process agree too"
-    )
+    compare_with_one(two, 2, tmp_path, name)
+
+
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_four_processes_have_the_loss_and_the_gradient_of_one(four, tmp_path, name):
+    compare_with_one(four, 4, tmp_path, name)
+
+
+def compare_with_one(folder: Path, num_processes: int, tmp_path: Path, name: str) -> None:
+    """Run the case here as well, on one process."""
+    facts, gradients = read(folder, name), load_file(folder / f"{name}.safetensors")
+    assert facts["world_size"] == num_processes, "two runs of one process agree too"
+    assert facts["wrapper"] == "DistributedDataParallel"
     trainer, expected = run_case(name, tmp_path, batch_size=4)
     assert trainer.args.world_size == 1
     log = [line for line in trainer.state.log_history if "loss" in line]
@@ -60,7 +80,7 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one(two, tmp_path, name
     timeless = [key for key in metrics if not key.endswith(("_runtime", "_per_second"))]
     for key in timeless:
         assert facts["eval"][key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-5), key
-    if name == "nothing to contrast":
+    if name.endswith("nothing to contrast"):
         assert log[0]["loss"] == 0 and not any(gradient.any() for gradient in gradients.values())
     else:
         assert log[0]["loss"] > 0

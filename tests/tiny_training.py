@@ -18,16 +18,26 @@ WINDOWS = (
 )
 
 
+def forward_batch(batch: dict) -> dict:
+    """A batch of the collator without what only the trainer reads."""
+    return {name: value for name, value in batch.items() if name not in ("row", "text_hash")}
+
+
 def dataset_of(rows: list[dict], caption_rows=None) -> ProcessedSplit:
     """Rows as a split in memory."""
     return ProcessedSplit(datasets.Dataset.from_list(rows), caption_rows)
 
 
-def tiny_model(rows: list[dict], *, seed: int = 0, dropout: float = 0.0, **fields) -> tuple[FVLMModel, FVLMProcessor]:
+def tiny_model(
+    rows: list[dict], *, seed: int = 0, dropout: float = 0.0, text_dropout: float | None = None, **fields
+) -> tuple[FVLMModel, FVLMProcessor]:
     """Model and processor for `tiny_split`'s organs; `fields` are further ones of the config."""
     tokenizer = train_tokenizer([entry["caption"] for row in rows for entry in row["captions"]], 150, 24)
     text = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    text |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
+    text |= {
+        "hidden_dropout_prob": dropout if text_dropout is None else text_dropout,
+        "attention_probs_dropout_prob": 0.0,
+    }
     vision = {"volume_size": SIZE, "patch_size": (2, 4, 8), "num_channels": len(WINDOWS), "hidden_size": 16}
     vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "feature_levels": [0]}
     vision |= {"hidden_dropout": dropout, "attention_dropout": 0.0, "token_selection": "organs"}
@@ -53,13 +63,14 @@ def tiny_trainer(
     caption_rows=None,
     is_random: bool = True,
     dropout: float = 0.0,
+    text_dropout: float | None = None,
     fields: dict | None = None,
     zero_shot=None,
     callbacks=None,
     **arguments,
 ) -> FVLMTrainer:
     """A trainer over `rows`; `fields` go to the model's config, `arguments` to the training arguments."""
-    model, processor = tiny_model(rows, dropout=dropout, **(fields or {}))
+    model, processor = tiny_model(rows, dropout=dropout, text_dropout=text_dropout, **(fields or {}))
     defaults = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 3, "max_steps": 2, "logging_steps": 1}
     defaults |= {"learning_rate": 2e-3, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "seed": 0}
     args = FVLMTrainingArguments(output_dir=str(output_dir), **(defaults | arguments))

@@ -1,7 +1,7 @@
 """Runs on every rank: trains the cases of test_two_processes.py and saves what rank 0 saw.
 
     ACCELERATE_USE_CPU=true accelerate launch --config_file hub_configs/accelerate/cpu_two.yaml \\
-        tests/two_process_worker.py OUT_DIR
+        tests/two_process_worker.py OUT_DIR [CASE ...]
 """
 
 import json
@@ -21,22 +21,26 @@ RESUME = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "dropout": 
 
 
 def case_rows(name: str) -> list[dict]:
-    """Rows of a case; in their order rank 0 gets the first half of a batch of four, rank 1 the second."""
-    if name == "one rank has no whole organ":
-        rows = tiny_rows(4)
-        for row in rows[2:]:  # rank 1: captions of an organ that the scan cuts
+    """Rows of a case, one batch; in their order rank 0 gets the first half of it, rank 1 the second."""
+    count = 4 * (1 + name.startswith("cached")) * (1 + name.endswith("accumulated"))
+    if name.endswith("one rank has no whole organ"):
+        rows = tiny_rows(count)
+        for row in rows[count // 2 :]:  # rank 1: captions of an organ that the scan cuts
             cut = tiny_row(1, cut=True)
             row |= {key: cut[key] for key in ("volume", "mask", "shape")}
             row["captions"] = [entry for entry in cut["captions"] if entry["organ"] == "lung"]
         return rows
-    if name == "nothing to contrast":
-        rows = tiny_rows(4)
+    if name.endswith("nothing to contrast"):
+        rows = tiny_rows(count)
         for row in rows:
             row["captions"] = [{**entry, "is_abnormal": False} for entry in row["captions"]]
         return rows
-    return tiny_rows(4)
+    return tiny_rows(count)
 
 
+# A chunk of one patient is the same chunk on any number of processes: the image tower's dropout falls on it as it does
+# on one. That of the texts falls on a rank's own different texts together, which are others on another rank.
+CACHED = {"contrastive_batch_size": 8, "micro_batch_size": 1, "dropout": 0.2, "text_dropout": 0.0}
 # name -> what differs from the plain case
 CASES = {
     "plain": {},
@@ -44,6 +48,11 @@ CASES = {
     "sum of organs": {"fields": {"organ_reduction": "sum"}},
     "one rank has no whole organ": {},
     "nothing to contrast": {},
+    "cached": CACHED,
+    "cached, read twice, checkpointing": {**CACHED, "held_volumes_gb": 0, "activation_checkpointing": True},
+    "cached, one rank has no whole organ": CACHED,
+    "cached, nothing to contrast": CACHED,
+    "cached, accumulated": {**CACHED, "gradient_accumulation_steps": 2},
 }
 
 
@@ -64,13 +73,13 @@ def run_case(name: str, folder: Path, batch_size: int):
     gradients = FirstGradients()
     settings = {"per_device_train_batch_size": batch_size, "train_sampling_strategy": "sequential"}
     settings |= {"is_random": False, "max_grad_norm": 0.0, "callbacks": [gradients], "eval_rows": tiny_rows(7, seed=2)}
-    trainer = tiny_trainer(folder, case_rows(name), **settings, **CASES[name])
+    trainer = tiny_trainer(folder, case_rows(name), **(settings | CASES[name]))
     trainer.train()
     return trainer, gradients.of
 
 
-def main(folder: Path) -> None:
-    for name in CASES:
+def main(folder: Path, names: list[str]) -> None:
+    for name in names or CASES:
         trainer, gradients = run_case(name, folder / name, batch_size=2)
         metrics = trainer.evaluate()
         if trainer.is_world_process_zero():
@@ -78,6 +87,8 @@ def main(folder: Path) -> None:
             facts = {"world_size": trainer.args.world_size, "wrapper": type(trainer.model_wrapped).__name__}
             facts |= {"log": [line for line in trainer.state.log_history if "loss" in line], "eval": metrics}
             (folder / f"{name}.json").write_text(json.dumps(facts))
+    if names:
+        return
     rows, settings = tiny_rows(12), {"per_device_train_batch_size": 2, **RESUME}
     whole = tiny_trainer(folder / "run", rows, **settings)
     whole.train()
@@ -90,4 +101,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

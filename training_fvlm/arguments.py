@@ -173,6 +173,29 @@ class FVLMTrainingArguments(TrainingArguments):
 
     _argument_group_name = "training (transformers.TrainingArguments)"
 
+    contrastive_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Patients contrasted with each other, over all processes: what an organ can learn hangs on it, and "
+            "at 2 it may be nothing. Those that do not fit into memory together are computed --micro_batch_size at a "
+            "time by a gradient cache, with the gradients of the whole for about a third more time. Default: "
+            "--per_device_train_batch_size times processes."
+        },
+    )
+    micro_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Patients per process that are computed at a time, for --contrastive_batch_size: memory hangs on "
+            "it, gradients do not. Default: --per_device_train_batch_size."
+        },
+    )
+    held_volumes_gb: float = field(
+        default=2.0,
+        metadata={
+            "help": "Memory per process in which the gradient cache holds volumes between its two passes over a "
+            "contrast (a full-size one takes 0.02 GB); what does not fit is read a second time."
+        },
+    )
     weight_decay_everywhere: bool = field(
         default=False,
         metadata={
@@ -269,6 +292,7 @@ class FVLMTrainingArguments(TrainingArguments):
             super().__post_init__()
         except ValueError as error:  # bf16 without a GPU, a strategy without its steps ...
             raise SettingsError(str(error)) from error
+        self._settle_contrast()
         if self.remove_unused_columns or not self.dataloader_drop_last:
             raise SettingsError(
                 "--remove_unused_columns must be off and --dataloader_drop_last on: the collator reads every column, "
@@ -310,12 +334,13 @@ class FVLMTrainingArguments(TrainingArguments):
             logger.warning("--fp16 has no effect on a CPU: accelerate computes in float32 there. Use --bf16.")
         if self.group_size < 2:
             raise SettingsError(
-                "--per_device_train_batch_size 1 on one process contrasts a patient with nobody: use at least 2."
+                "--per_device_train_batch_size 1 on one process contrasts a patient with nobody: use at least 2, or "
+                "name a larger --contrastive_batch_size beside it."
             )
         if self.gradient_accumulation_steps > 1:
             logger.warning(
                 "--gradient_accumulation_steps %d averages gradients; each micro-batch still contrasts only its own %d "
-                "patients. A larger contrast takes a larger --per_device_train_batch_size.",
+                "patients. A larger contrast takes a larger --contrastive_batch_size.",
                 self.gradient_accumulation_steps,
                 self.group_size,
             )
@@ -343,10 +368,44 @@ class FVLMTrainingArguments(TrainingArguments):
         # accelerate accepts fp16 on a CPU, but autocasts there for bf16 alone.
         return "fp32" if precision == "fp16" and self.device.type == "cpu" else precision
 
+    def _settle_contrast(self) -> None:
+        """Make contrast, chunks and the Trainer's batch one story."""
+        if self.contrastive_batch_size is None:
+            if self.micro_batch_size is not None:
+                raise SettingsError(
+                    f"--micro_batch_size {self.micro_batch_size} is for a --contrastive_batch_size: name that as well, "
+                    "or use --per_device_train_batch_size alone."
+                )
+            return
+        for name in ("contrastive_batch_size", "micro_batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise SettingsError(f"--{name} {getattr(self, name)} must be at least 1.")
+        if self.held_volumes_gb < 0:
+            raise SettingsError(f"--held_volumes_gb {self.held_volumes_gb} must not be negative.")
+        if self.contrastive_batch_size % self.world_size:
+            smaller = self.contrastive_batch_size // self.world_size * self.world_size
+            raise SettingsError(
+                f"--contrastive_batch_size {self.contrastive_batch_size} cannot be shared out evenly over "
+                f"{self.world_size} processes: take {smaller or self.world_size} or {smaller + self.world_size}."
+            )
+        asked = self.micro_batch_size or self.per_device_train_batch_size
+        self.micro_batch_size = min(asked, self.contrastive_batch_size // self.world_size)
+        self.per_device_train_batch_size = self.micro_batch_size
+
     @property
     def group_size(self) -> int:
-        """Patients contrasted with each other: the batch of all processes together."""
-        return self.per_device_train_batch_size * self.world_size
+        """Patients contrasted with each other, over all processes."""
+        return self.contrastive_batch_size or self.per_device_train_batch_size * self.world_size
+
+    @property
+    def rank_size(self) -> int:
+        """This process's share of them."""
+        return self.group_size // self.world_size
+
+    @property
+    def is_cached(self) -> bool:
+        """True if a process's share is more than it computes at a time."""
+        return self.rank_size > self.per_device_train_batch_size
 
 
 @dataclass

@@ -62,9 +62,8 @@ class FVLMCollator:
 
         Returns:
             `volume` (batch, depth, height, width) int16 HU; `organ_token_mask` (batch, organs, tokens) bool;
-            `organ_is_complete` (batch, organs) bool; `input_ids` and `attention_mask` (captions, length) of the
-            batch's different captions; `caption_index` (batch, organs) int64 into them, -1 without a caption or for an
-            organ that is not whole; `caption_hash` (batch, organs) int64; `organ_is_abnormal` (batch, organs) bool.
+            `organ_is_complete` (batch, organs) bool; `row` (batch,) int64, the rows' numbers in the split; and what
+            `encode_captions` gives of the batch's different captions. An organ that is not whole has none.
 
         Raises:
             ValueError: If a row cannot be read, with its place and scan. It is never replaced by another one.
@@ -86,6 +85,7 @@ class FVLMCollator:
             "volume": torch.from_numpy(np.stack(volumes)),
             "organ_token_mask": torch.from_numpy(np.stack(token_masks)),
             "organ_is_complete": torch.from_numpy(organ_is_whole),
+            "row": torch.tensor([row["row"] for row in rows]),
             **self.encode(rows, organ_is_whole),
         }
 

@@ -59,6 +59,31 @@ def gather(tensor: Tensor) -> Tensor:
     return _all_gather(tensor) if is_distributed() else tensor
 
 
+def gather_dict(
+    tensors: dict[str, Tensor], with_gradient: bool = False, keeps_other_ranks: bool = True
+) -> dict[str, Tensor]:
+    """Gather every tensor of a dict, in one collective for each of their number types.
+
+    Args:
+        tensors: The same names, shapes `(batch, ...)` and types on every rank; no bools.
+        with_gradient, keeps_other_ranks: See `gather_with_gradient`.
+
+    Returns:
+        The same names with `(ranks * batch, ...)`.
+    """
+    if not is_distributed():
+        return dict(tensors)
+    gathered: dict[str, Tensor] = {}
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
+        members = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
+        flat = torch.cat([tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None] for tensor in members.values()], 1)
+        flat = gather_with_gradient(flat, keeps_other_ranks) if with_gradient else gather(flat)
+        widths = [tensor[0].numel() for tensor in members.values()]
+        for (name, tensor), part in zip(members.items(), flat.split(widths, 1)):
+            gathered[name] = part.reshape(-1, *tensor.shape[1:])
+    return {name: gathered[name] for name in tensors}
+
+
 def _all_gather(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]

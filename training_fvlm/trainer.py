@@ -3,15 +3,20 @@
 (1) each process embeds its patients and its different captions, (2) embeddings and captions' identities are gathered
 over all processes, gradients included, (3) every process computes the same loss over the global batch, (4) DDP
 averages the gradients, which makes them those of one process with the whole batch (see gather.py).
+
+Where the patients of a contrast do not fit into memory together, (1) and (4) go chunk by chunk (gradient_cache.py). The
+Trainer then sees chunks in place of batches, and so many more of them per optimizer step.
 """
 
+import contextlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler
@@ -22,9 +27,11 @@ from modeling_fvlm.loss import OrganLoss, organ_contrastive_loss
 
 from .arguments import FVLMTrainingArguments
 from .collator import FVLMCollator
+from .contrast_batches import ContrastBatches, num_held_chunks
 from .data import EpochSampler, ProcessedSplit
-from .embed import embed
-from .gather import gather, gather_with_gradient
+from .embed import Embedded, embed
+from .gather import gather_dict
+from .gradient_cache import GradientCache
 from .organ_losses import EVAL_FILE, TRAIN_FILE, OrganLossFile, OrganLossRow, OrganLossWindow
 from .schedule import published_schedule
 
@@ -81,6 +88,7 @@ class FVLMTrainer(Trainer):
         self.window = OrganLossWindow(organs)
         self.temperature = math.nan
         self.step_organs: list[Tensor] = []  # of each micro-batch since the last optimizer step: the active organs
+        self.cache = self._gradient_cache() if args.is_cached else None
         self.train_file = OrganLossFile(os.path.join(args.output_dir, TRAIN_FILE))
         self.eval_file = OrganLossFile(os.path.join(args.output_dir, EVAL_FILE))
         self.add_callback(_RunBookkeeping(self))
@@ -93,6 +101,33 @@ class FVLMTrainer(Trainer):
         is_shuffled = self.args.train_sampling_strategy == "random"
         self.train_sampler = EpochSampler(len(dataset), seed, is_shuffled)
         return self.train_sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of the whole contrast's patients, or chunks of it in the order of the gradient cache."""
+        if self.cache is None:
+            return super().get_train_dataloader()
+        args = self.args
+        order = self._get_train_sampler(self.train_dataset)
+        # The order is shared out over the ranks here, so accelerate has nothing to prepare.
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=ContrastBatches(
+                order, args.group_size, args.micro_batch_size, self.cache.num_held, args.world_size, args.process_index
+            ),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[Any, Tensor | int | None]:
+        """The batches of an optimizer step; chunks are read when their turn comes, not all of them at once."""
+        if self.cache is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        return _InTurn(epoch_iterator, num_batches), None
 
     def get_eval_dataloader(self, eval_dataset: ProcessedSplit | None = None) -> DataLoader:
         """Every row once, centred: unlike the training loader it drops no last batch."""
@@ -116,27 +151,121 @@ class FVLMTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Contrast this process's patients with those of all processes."""
-        # (1)
-        outputs, caption_embeds, is_valid = embed(model, inputs)
-        # (2) two collectives: embeddings with gradient, identities without
-        embeds = gather_with_gradient(
-            torch.stack([outputs.image_embeds.float(), caption_embeds.float()], dim=2),
-            keeps_other_ranks=not self.args.published_gradient_scale,
-        )
-        identities = [inputs["caption_hash"], inputs["organ_is_abnormal"].long(), is_valid.long()]
-        identities = gather(torch.stack(identities, dim=-1))
-        caption_id, is_abnormal, is_valid = identities[..., 0], identities[..., 1].bool(), identities[..., 2].bool()
-        # (3)
-        reduction = self.accelerator.unwrap_model(model).config.organ_reduction
-        organ_loss = organ_contrastive_loss(
-            embeds[:, :, 0], embeds[:, :, 1], caption_id, is_abnormal, is_valid, outputs.logit_scale, reduction
-        )
-        if model.training:
-            self.window.add(organ_loss, embeds[:, :, 1], caption_id, is_abnormal, is_valid)
+        embedded = embed(model, inputs)  # (1)
+        organ_loss = self.contrast_ranks(embedded, is_training=model.training)
+        return (organ_loss.loss, embedded) if return_outputs else organ_loss.loss
+
+    def contrast_ranks(self, embedded: Embedded, is_training: bool) -> OrganLoss:
+        """(2) and (3): gather what the loss reads, one collective for each number type, and contrast all patients."""
+        live = gather_dict(embedded.live, with_gradient=True, keeps_other_ranks=not self.args.published_gradient_scale)
+        fixed = gather_dict(embedded.fixed)
+        organ_loss = self.objective(live, fixed, embedded.parameters)
+        if is_training:
+            is_abnormal, is_valid = fixed["is_abnormal"].bool(), fixed["is_valid"].bool()
+            self.window.add(organ_loss, live["text_embeds"], fixed["caption_hash"], is_abnormal, is_valid)
             if self.args.skip_inactive_organs:
                 self.step_organs.append(organ_loss.organ_is_active)
-            self.temperature = 1 / outputs.logit_scale.detach()
-        return (organ_loss.loss, outputs) if return_outputs else organ_loss.loss
+            self.temperature = 1 / embedded.parameters["logit_scale"].detach()
+        return organ_loss
+
+    def objective(self, live: dict[str, Tensor], fixed: dict[str, Tensor], parameters: dict[str, Tensor]) -> OrganLoss:
+        """The loss of a contrast, from the tensors of all its patients (see embed.py)."""
+        return organ_contrastive_loss(
+            live["image_embeds"],
+            live["text_embeds"],
+            fixed["caption_hash"],
+            fixed["is_abnormal"].bool(),
+            fixed["is_valid"].bool(),
+            parameters["logit_scale"],
+            self.accelerator.unwrap_model(self.model).config.organ_reduction,
+        )
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """A batch, or with the gradient cache the next chunk of a contrast."""
+        if self.cache is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        self.contrasts_in_step = self.current_gradient_accumulation_steps // self.cache.loads
+        if self.cache.position == 0:
+            # Counted from the optimizer steps, so that a resumed run counts on.
+            accumulated = self.accumulated_contrasts
+            self.contrast_number = self.state.global_step * self.contrasts_per_step + accumulated
+            self.accumulated_contrasts = (accumulated + 1) % self.contrasts_in_step
+        return self.cache.take(model, inputs, self.contrast_number)
+
+    def _gradient_cache(self) -> GradientCache:
+        """The cache for the contrast and the chunks that the arguments ask for."""
+        args, config = self.args, self.accelerator.unwrap_model(self.model).config
+        voxels = math.prod(config.vision_config.volume_size)
+        num_tokens = voxels // math.prod(config.vision_config.patch_size)
+        patient_bytes = 2 * voxels + len(config.organs) * (num_tokens + 1)
+        num_chunks = -(-args.rank_size // args.micro_batch_size)
+        self.contrasts_per_step, self.accumulated_contrasts = args.gradient_accumulation_steps, 0
+        return GradientCache(
+            self,
+            num_chunks=num_chunks,
+            num_held=num_held_chunks(num_chunks, patient_bytes * args.micro_batch_size, args.held_volumes_gb * 1e9),
+            first_patient=args.process_index * args.rank_size,
+            seed=args.seed,
+        )
+
+    # What the gradient cache asks of its host
+
+    def to_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors on the model's device."""
+        return self._prepare_inputs(inputs)
+
+    def contrast(self, embedded: Embedded) -> Tensor:
+        """The loss of a contrast, as its share of the optimizer step's."""
+        return self.contrast_ranks(embedded, is_training=True).loss / self.contrasts_in_step
+
+    def backward(self, scalar: Tensor) -> None:
+        """Backward pass of a scalar."""
+        # DeepSpeed would divide by the number of chunks.
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.accelerator.backward(scalar, **({"scale_wrt_gas": False} if is_deepspeed else {}))
+
+    @contextlib.contextmanager
+    def without_sync(self) -> Iterator[None]:
+        """No exchange of gradients between the ranks, and no step of an engine that steps by itself."""
+        state = self.accelerator.gradient_state
+        was_last = state.sync_gradients
+        state._set_sync_gradients(False)
+        with self.accelerator.no_sync(self.model_wrapped):
+            yield
+        state._set_sync_gradients(was_last)
+
+    def teach_images(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a teacher says of the images of a chunk."""
+        return {}
+
+    def teach_texts(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        """What a teacher says of texts."""
+        return None
+
+    # The Trainer counts chunks as batches
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's loop. Of its batches so many make an optimizer step as the chunks of all contrasts in it."""
+        if self.cache is None:
+            return super()._inner_training_loop(*args, **kwargs)
+        self.cache.clear()
+        self.accumulated_contrasts = 0
+        self.args.gradient_accumulation_steps = self.contrasts_per_step * self.cache.loads
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self.args.gradient_accumulation_steps = self.contrasts_per_step
+
+    def get_total_train_batch_size(self, args: FVLMTrainingArguments) -> int:
+        """Patients of an optimizer step."""
+        if self.cache is None:
+            return super().get_total_train_batch_size(args)
+        return args.group_size * self.contrasts_per_step
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Parameters under weight decay: all of them, or no norm, bias, position embedding and temperature."""
@@ -165,8 +294,9 @@ class FVLMTrainer(Trainer):
 
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch. Its last, smaller batch is dropped; left-over micro-batches make a step."""
-        batches = len(self.train_dataset) // self.args.group_size
-        return max(math.ceil(batches / self.args.gradient_accumulation_steps), 1)
+        contrasts = len(self.train_dataset) // self.args.group_size
+        per_step = self.args.gradient_accumulation_steps if self.cache is None else self.contrasts_per_step
+        return max(math.ceil(contrasts / per_step), 1)
 
     def forget_gradients_of_inactive_organs(self) -> None:
         """Before an optimizer step: take from it the projections of organs that entered none of its micro-batches.
@@ -253,16 +383,16 @@ class FVLMTrainer(Trainer):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             inputs = self._prepare_inputs(inputs)
             with self.accelerator.autocast():
-                outputs, caption_embeds, is_valid = embed(model, inputs)
-            identity = (inputs["caption_hash"], inputs["organ_is_abnormal"].long(), is_valid.long())
+                embedded = embed(model, inputs)
             # gather_for_metrics leaves out the rows that only filled up the last batch
             batch = self.accelerator.gather_for_metrics(
-                (outputs.image_embeds.float(), caption_embeds.float(), *identity)
+                tuple(embedded.live[name] for name in ("image_embeds", "text_embeds"))
+                + tuple(embedded.fixed[name] for name in ("caption_hash", "is_abnormal", "is_valid"))
             )
             parts.append([part.cpu() for part in batch])
         image_embeds, caption_embeds, caption_id, is_abnormal, is_valid = (torch.cat(part) for part in zip(*parts))
-        embedded = [image_embeds, caption_embeds, caption_id, is_abnormal.bool(), is_valid.bool()]
-        return embedded, outputs.logit_scale.float().cpu()
+        tensors = [image_embeds, caption_embeds, caption_id, is_abnormal.bool(), is_valid.bool()]
+        return tensors, embedded.parameters["logit_scale"].float().cpu()
 
     def _contrast_in_groups(
         self,
@@ -320,6 +450,20 @@ def _summary(rows: list[OrganLossRow], window: OrganLossWindow) -> dict[str, flo
     if not math.isnan(cosine := window.text_cosine()):
         summary["text_cosine"] = cosine
     return summary
+
+
+class _InTurn:
+    """So many items of an iterator, each taken when it is asked for."""
+
+    def __init__(self, iterator: Iterator, count: int):
+        self.iterator, self.count = iterator, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator:
+        for _ in range(self.count):
+            yield next(self.iterator)
 
 
 class _RunBookkeeping(TrainerCallback):
