@@ -94,30 +94,14 @@ def test_on_the_page_the_heart_is_right_of_the_liver_and_above_it(tmp_path):
 
 # Organs that lie on one another, or look alike, in some plane.
 NEIGHBOURS = (
-    *(("lung", "heart"), ("lung", "liver"), ("lung", "rib"), ("heart", "aorta"), ("heart", "pulmonary_artery")),
-    *(("heart", "esophagus"), ("trachea", "esophagus"), ("aorta", "esophagus"), ("aorta", "thoracic_vertebrae")),
-    *(("aorta", "inferior_vena_cava"), ("aorta", "lumbar_vertebrae"), ("liver", "gallbladder"), ("liver", "stomach")),
-    *(("liver", "kidney"), ("liver", "inferior_vena_cava"), ("liver", "portal_and_splenic_vein"), ("liver", "colon")),
-    *(("liver", "duodenum"), ("stomach", "spleen"), ("stomach", "pancreas"), ("spleen", "kidney"), ("spleen", "colon")),
-    *(("pancreas", "duodenum"), ("pancreas", "portal_and_splenic_vein"), ("kidney", "adrenal_gland")),
-    *(("kidney", "iliopsoas"), ("kidney", "autochthon"), ("colon", "small_bowel"), ("colon", "urinary_bladder")),
-    *(("duodenum", "small_bowel"), ("iliac_artery", "iliac_vein"), ("iliopsoas", "lumbar_vertebrae")),
-    *(
-        ("hip", "sacrum"),
-        ("hip", "femur"),
-        ("hip", "gluteus"),
-        ("femur", "gluteus"),
-        ("gluteus", "sacrum"),
-        ("face", "brain"),
-    ),
-    *(
-        ("face", "brain"),
-        ("scapula", "humerus"),
-        ("clavicula", "scapula"),
-        ("scapula", "rib"),
-        ("lumbar_vertebrae", "sacrum"),
-    ),
-    *(("cervical_vertebrae", "thoracic_vertebrae"), ("thoracic_vertebrae", "lumbar_vertebrae"), ("lung", "spleen")),
+    "lung heart, lung liver, lung rib, lung spleen, heart aorta, heart pulmonary_artery, heart esophagus, "
+    "trachea esophagus, aorta esophagus, aorta thoracic_vertebrae, aorta inferior_vena_cava, aorta lumbar_vertebrae, "
+    "liver gallbladder, liver stomach, liver kidney, liver inferior_vena_cava, liver portal_and_splenic_vein, "
+    "liver colon, liver duodenum, stomach spleen, stomach pancreas, spleen kidney, spleen colon, pancreas duodenum, "
+    "pancreas portal_and_splenic_vein, kidney adrenal_gland, kidney iliopsoas, kidney autochthon, colon small_bowel, "
+    "colon urinary_bladder, duodenum small_bowel, iliac_artery iliac_vein, iliopsoas lumbar_vertebrae, hip sacrum, "
+    "hip femur, hip gluteus, femur gluteus, gluteus sacrum, face brain, scapula humerus, clavicula scapula, "
+    "scapula rib, lumbar_vertebrae sacrum, cervical_vertebrae thoracic_vertebrae, thoracic_vertebrae lumbar_vertebrae"
 )
 
 
@@ -135,7 +119,8 @@ def test_no_two_organs_have_one_colour_and_neighbours_are_least_alike(name):
     colors = oklab(organ_colors(organs)[:, :3])
     distance = np.linalg.norm(colors[:, None] - colors[None], axis=2)
     assert distance[~np.eye(len(organs), dtype=bool)].min() > 0.09, "0.02 is just to be told apart, side by side"
-    pairs = [(organs.index(a), organs.index(b)) for a, b in NEIGHBOURS if a in organs and b in organs]
+    pairs = [pair.split() for pair in NEIGHBOURS.split(", ")]
+    pairs = [(organs.index(a), organs.index(b)) for a, b in pairs if a in organs and b in organs]
     assert min(distance[pair] for pair in pairs) > 0.18 and len(pairs) >= 3
     assert np.hypot(colors[:, 1], colors[:, 2]).min() > 0.1, "a grey would pass for the CT"
 
