@@ -12,9 +12,9 @@ Ours is a worker of `python -m data_builders`: two files in, one row of a Parque
 
 Masks are compared bit for bit; `max_rel_diff` is the largest difference in HU over the largest |HU|, to the baseline in
 float64 (ours is rounded to int16). The bound is zlib's inflation of the two files, nothing else; where `isal` is
-installed ours inflates with that, and can go below. Peak memory is the largest resident size of a
-fresh process that prepares this one scan (VmHWM, Linux), all imports included; what the imports alone take stands
-beside it.
+installed ours inflates with that, and can go below. Peak memory is the largest resident size of a fresh process (VmHWM,
+Linux), all imports included; what these alone take stands beside it. The baseline's prepares the scan once, ours is a
+worker that does it three times; the process that writes the shards holds one more scan.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from benchmarks.measure import Result, add_arguments, console, in_turns, parse_arguments, report
 from benchmarks.memory import in_fresh_process, memory_gb
+from benchmarks.worker import memory_of_a_worker
 from data_builders.build import Settings, settings_from_args
 from data_builders.cases import Case
 from data_builders.ct_rate import add_arguments as add_builder_arguments
@@ -150,9 +151,13 @@ def our_settings(organ_set: str, folder: Path) -> Settings:
     return settings_from_args(parser.parse_args([str(word) for word in arguments]), "ct_rate")
 
 
+def as_case(volume: Path, mask: Path) -> Case:
+    return Case("train", "p", "p_a", "p_a_1", volume, mask, findings="The lungs are clear.")
+
+
 def one_pass(volume: Path, mask: Path, settings: Settings, folder: Path) -> Path:
     """As a worker and the writer of a builder do it; the Parquet file."""
-    case = Case("train", "p", "p_a", "p_a_1", volume, mask, findings="The lungs are clear.")
+    case = as_case(volume, mask)
     built: BuiltRow = prepare_case(case, settings)
     if built.skip_reason:
         raise RuntimeError(built.skip_reason)
@@ -171,10 +176,10 @@ def inflate(*paths: Path) -> None:
                 pass
 
 
-def peak_mb(way: str, *arguments) -> tuple[float, float]:
-    """Resident MB of this process before one run of a way, and its largest ever."""
+def memory_of_the_baseline(*arguments) -> tuple[float, float]:
+    """Resident MB of this process before one run of the published steps, and its largest ever."""
     before = memory_gb("VmRSS")
-    {"baseline": published_steps, "ours": one_pass}[way](*arguments)
+    published_steps(*arguments)
     return before * 1000, memory_gb("VmHWM") * 1000
 
 
@@ -202,7 +207,10 @@ def compare(num_organs: int, repeats: int, volume: Path, mask: Path, folder: Pat
         },
         repeats,
     )
-    peaks = {name: in_fresh_process(peak_mb, name, *job) for name, job in jobs.items()}
+    peaks = {
+        "baseline": in_fresh_process(memory_of_the_baseline, *jobs["baseline"]),
+        "ours": memory_of_a_worker(as_case(volume, mask), ways["ours"]),
+    }
     written = {name: sum(file.stat().st_size for file in place.rglob("*.*")) / MB for name, place in places.items()}
     inflate_s, ours_s = times["inflate"].cpu, times["ours"].cpu
     extra = {"max_hu_difference": difference, "masks_are_equal": True, "inflate_s": inflate_s}

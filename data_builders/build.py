@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from modeling_fvlm.configuration_fvlm import FVLMConfig
+from modeling_fvlm.defaults import DEFAULT_MARGIN_VOXELS, DEFAULT_SPACING
 from modeling_fvlm.organs import OrganSet, load_organ_set
 from modeling_fvlm.preparation import padding_hu
 from modeling_fvlm.processed_split import ZSTD_LEVEL
@@ -137,7 +137,7 @@ def add_build_arguments(parser: argparse.ArgumentParser, organs: str, ids: str =
         "--spacing",
         type=float,
         nargs=3,
-        default=FVLMConfig.spacing,
+        default=DEFAULT_SPACING,
         metavar=("DEPTH", "HEIGHT", "WIDTH"),
         help="Voxel size in mm to resample to (default: 3 1 1).",
     )
@@ -145,7 +145,7 @@ def add_build_arguments(parser: argparse.ArgumentParser, organs: str, ids: str =
         "--margin",
         type=int,
         nargs=3,
-        default=FVLMConfig.margin_voxels,
+        default=DEFAULT_MARGIN_VOXELS,
         metavar=("DEPTH", "HEIGHT", "WIDTH"),
         help="Voxels kept around the box of all organs; what lies outside is cut off (default: 5 20 20).",
     )

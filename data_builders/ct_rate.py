@@ -37,6 +37,7 @@ The manifest says of every other reconstruction which one is better and why. Wit
 """
 
 import argparse
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,9 +45,8 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from transformers.utils import logging
 
-from modeling_fvlm.configuration_fvlm import FVLMConfig
+from modeling_fvlm.defaults import DEFAULT_SPACING
 from modeling_fvlm.geometry import MAX_AXIS_COSINE, BadVolumeError
 from modeling_fvlm.processed_split import natural_key
 from modeling_fvlm.published_preparation import repair_header
@@ -55,7 +55,7 @@ from .build import add_build_arguments, build, settings_from_args
 from .cases import SPLITS, Case, Row, read_csv, read_label
 from .sources import Source, local_copy
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 FOLDER_OF_SPLIT = {"train": "train", "validation": "valid"}  # the Hub mixes both spellings, see split_cases below
 VOLUMES = ("fixed", "original")
@@ -250,7 +250,7 @@ def find_cases(
     splits: Sequence[str] = SPLITS,
     reconstructions: str = "first",
     volumes: str = "fixed",
-    slice_mm: float = FVLMConfig.spacing[0],
+    slice_mm: float = DEFAULT_SPACING[0],
 ) -> list[Case]:
     """The cases of a release: one listing per folder, no volume is opened and none is asked for by itself.
 
@@ -273,7 +273,7 @@ def split_cases(
     split: str,
     reconstructions: str,
     volumes: str = "fixed",
-    slice_mm: float = FVLMConfig.spacing[0],
+    slice_mm: float = DEFAULT_SPACING[0],
 ) -> list[Case]:
     """The cases of one split, from the rows of its reports file; a plain folder will do as the source."""
     for name, value, known in (("reconstructions", reconstructions, RECONSTRUCTIONS), ("volumes", volumes, VOLUMES)):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from modeling_fvlm.configuration_fvlm import DEFAULT_WINDOW, FVLMVisionConfig
+from modeling_fvlm.defaults import DEFAULT_VOLUME_SIZE, DEFAULT_WINDOW
 from modeling_fvlm.geometry import organ_voxels
 from modeling_fvlm.one_pass import can_be_streamed, prepare_files
 from modeling_fvlm.organs import STRUCTURE_NAMES, organ_label_table
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from .build import Settings
 
 # Published scans are padded for the published model: no other has seen such scans.
-PADDED_TO, PADDING_WINDOWS = FVLMVisionConfig.volume_size, (DEFAULT_WINDOW,)
+PADDED_TO, PADDING_WINDOWS = DEFAULT_VOLUME_SIZE, (DEFAULT_WINDOW,)
 STRUCTURES = "structures"  # numbering of a mask that is a folder with one file per structure
 SECONDS_TO_CONNECT = 30  # to a dask scheduler
 

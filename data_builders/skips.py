@@ -5,15 +5,14 @@ be known to them alone. They append to one small file instead, which the process
 """
 
 import json
+import logging
 import os
 import shutil
 import tempfile
 import weakref
 from pathlib import Path
 
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Skips:

@@ -23,15 +23,15 @@ import hashlib
 import importlib
 import inspect
 import json
+import logging
 import pkgutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import datasets
-from transformers.utils import logging
 
-from modeling_fvlm.configuration_fvlm import FVLMConfig
+from modeling_fvlm.defaults import DEFAULT_MARGIN_VOXELS, DEFAULT_SPACING
 
 from . import ct_rate
 from .build import settings_from_args
@@ -41,7 +41,7 @@ from .shards import schema_of
 from .skips import Skips
 from .sources import Source, SourceError
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # The number of shards is filled up with empty ones to a multiple of this: it is one of 1 to 6, 8, 10, 12, 15, 16, 20,
 # 24, 30, 32, 40, 48, 60 and 64 ranks.
@@ -68,8 +68,8 @@ class CTRateConfig(datasets.BuilderConfig):
     source: str = "hf://datasets/ibrahimhamamci/CT-RATE"
     revision: str | None = None
     organs: str = "body_24"
-    spacing: tuple[float, float, float] = FVLMConfig.spacing
-    margin: tuple[int, int, int] = FVLMConfig.margin_voxels
+    spacing: tuple[float, float, float] = DEFAULT_SPACING
+    margin: tuple[int, int, int] = DEFAULT_MARGIN_VOXELS
     reconstructions: str = "first"
     splits: tuple[str, ...] = SPLITS
     volumes: str = "fixed"

@@ -14,8 +14,10 @@ Source: Shui et al., ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D, and 
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 NORMAL_CAPTION = "{organ} shows no significant abnormalities."
 
@@ -89,7 +91,7 @@ def encode_captions(
     max_length: int,
     reports: Sequence[str] | None = None,
     max_report_length: int | None = None,
-) -> dict[str, torch.Tensor]:
+) -> "dict[str, torch.Tensor]":
     """Tokenize the captions of a batch, each distinct one once, and its reports if asked to.
 
     A batch of 24 organs repeats its normal sentences over and over; the text encoder should see each once, padded to
@@ -113,6 +115,8 @@ def encode_captions(
     Raises:
         ValueError: If a caption belongs to an organ that is not in `organs`, or there is not one report a scan.
     """
+    import torch  # here: builders compose captions, too, and none of their workers should load PyTorch
+
     size = (len(captions), len(organs))
     caption_index = torch.full(size, -1, dtype=torch.int64)
     hashes = torch.zeros(size, dtype=torch.int64)

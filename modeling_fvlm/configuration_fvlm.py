@@ -1,4 +1,4 @@
-"""Configuration of fVLM: the one home of every size, HU window, spacing and organ order.
+"""Configuration of fVLM: the one home of every size, HU window, spacing and organ order (defaults: defaults.py).
 
 `FVLMVisionConfig` describes the 3D ViT, `FVLMConfig` the whole model and the preprocessing its weights expect. Both
 are written to `config.json`, so the processor, the data builders and the model card read the same numbers.
@@ -10,14 +10,13 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from .defaults import DEFAULT_MARGIN_VOXELS, DEFAULT_SPACING, DEFAULT_VOLUME_SIZE, DEFAULT_WINDOW
 from .organs import MAX_ORGANS, load_organ_set
 
 AXES = ("depth", "height", "width")
 # What the towers can attend by, by transformers' names.
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 WINDOW_KEYS = {"hu_min", "hu_max", "mean", "std"}
-# Lung to dense bone in one channel, as published: [-1150, 350] HU -> [0, 1].
-DEFAULT_WINDOW = {"hu_min": -1150.0, "hu_max": 350.0, "mean": 0.0, "std": 1.0}
 
 
 @strict
@@ -43,7 +42,7 @@ class FVLMVisionConfig(PreTrainedConfig):
     model_type = "fvlm_vision_model"
     base_config_key = "vision_config"
 
-    volume_size: tuple[int, int, int] | list[int] = (112, 256, 352)
+    volume_size: tuple[int, int, int] | list[int] = DEFAULT_VOLUME_SIZE
     patch_size: tuple[int, int, int] | list[int] = (16, 16, 32)
     num_channels: int = 1
     hidden_size: int = 768
@@ -131,8 +130,8 @@ class FVLMConfig(PreTrainedConfig):
     organs: list[str] | tuple[str, ...] | None = None
     organ_classes: dict | None = None
     windows: list[dict] | tuple[dict, ...] | None = None
-    spacing: tuple[float | int, ...] | list[float | int] = (3.0, 1.0, 1.0)
-    margin_voxels: tuple[int, ...] | list[int] = (5, 20, 20)
+    spacing: tuple[float | int, ...] | list[float | int] = DEFAULT_SPACING
+    margin_voxels: tuple[int, ...] | list[int] = DEFAULT_MARGIN_VOXELS
     preprocessing: Literal["standard", "published"] = "standard"
     projection_dim: int = 256
     pooling_num_heads: int = 4
@@ -208,3 +207,7 @@ class FVLMConfig(PreTrainedConfig):
                 f"temperatures must satisfy 0 < temperature_min <= temperature_init <= temperature_max, got "
                 f"{self.temperature_min}, {self.temperature_init}, {self.temperature_max}."
             )
+
+
+# Saving then writes `auto_map` and this code beside the weights.
+FVLMConfig.register_for_auto_class()

@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from transformers.utils import logging as transformers_logging
 
 from .geometry import AIR_HU, MAX_AXIS_COSINE, BadVolumeError
 from .reading import Volume, volume_from_array
 
-logger = transformers_logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 MIN_SLICES = 5  # fewer are no volume but a few pictures
 # A whole-body scan has about 4000 slices of 512 x 512, 2^30 voxels.

@@ -15,14 +15,14 @@ ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D. Where the released code i
 follow the affine (not the absolute values of its diagonal), margins are the same on both sides.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 AIR_HU = -1024  # what lies outside the scan
 AXES = ("depth", "height", "width")

@@ -288,3 +288,7 @@ def _needed(affine, what: str) -> np.ndarray:
             "Without it nobody knows which end of an axis is the patient's left."
         )
     return _as_array(affine)
+
+
+# Saving then writes `auto_map` and this code beside the weights.
+FVLMImageProcessor.register_for_auto_class()

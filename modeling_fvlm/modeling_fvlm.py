@@ -510,6 +510,10 @@ class FVLMModel(FVLMPreTrainedModel):
         return output
 
 
+# Saving then writes `auto_map` and this code beside the weights.
+FVLMModel.register_for_auto_class("AutoModel")
+
+
 def set_attention(model: FVLMModel, name: str) -> None:
     """Let both towers attend by an implementation of `ATTENTIONS`.
 

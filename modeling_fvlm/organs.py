@@ -10,14 +10,15 @@ through the numbering the mask was made with, because the same value means diffe
 """
 
 import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 ORGAN_SETS = Path(__file__).resolve().parent.parent / "hub_configs" / "organs"
 
@@ -220,7 +221,7 @@ def organ_label_table(
             table[label] = organ_index + 1
             claimed[name] = organ
         if not own_names and not names:
-            logger.warning_once(f"{numbering} has no class for organ {organ!r}: it is absent from every such mask.")
+            _warn_once(f"{numbering} has no class for organ {organ!r}: it is absent from every such mask.")
     if own_names:
         known = set().union(*NUMBERINGS.values(), *(_own_class_names(organ, classes) for organ in (*organs, *classes)))
         for label, name in label_names.items():
@@ -230,6 +231,11 @@ def organ_label_table(
                     f"its classes{nearest_name(name, sorted(known))}. Map the label to None to leave it out."
                 )
     return table
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _named_labels(numbering: str | Mapping[int, str | None]) -> dict[int, str | None]:

@@ -97,3 +97,7 @@ class FVLMProcessor(ProcessorMixin):
             )
             features.update({name: encoded[name] for name in ("input_ids", "attention_mask")})
         return features
+
+
+# Saving then writes `auto_map` and this code beside the weights.
+FVLMProcessor.register_for_auto_class()

@@ -40,8 +40,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch.nn import functional
 
 from .geometry import AXES, BadVolumeError, crop_or_pad, crop_start, organ_box
 from .preparation import PreparedScan, organs_of_labels, padding_hu
@@ -190,16 +188,20 @@ def resized_shape(
 
 def resize_volume(volume: np.ndarray, new_shape: Sequence[int]) -> np.ndarray:
     """(3) Trilinear interpolation that keeps the extent; float32."""
+    import torch  # here and below: only builds with this preset load PyTorch in their workers
+
     # In the stored order (x, y, z): in another one sums round differently.
     stored = torch.from_numpy(volume.transpose(2, 1, 0).astype(np.float32))
-    resized = functional.interpolate(stored[None, None], size=tuple(new_shape)[::-1], mode="trilinear")
+    resized = torch.nn.functional.interpolate(stored[None, None], size=tuple(new_shape)[::-1], mode="trilinear")
     return resized[0, 0].numpy().transpose(2, 1, 0)
 
 
 def nearest_indices(size: int, new_size: int) -> np.ndarray:
     """(3) For every voxel of a resized mask the voxel its label is from, along one axis."""
+    import torch
+
     indices = torch.arange(size, dtype=torch.float32)[None, None]  # exact in float32
-    return functional.interpolate(indices, size=new_size, mode="nearest")[0, 0].numpy().astype(np.intp)
+    return torch.nn.functional.interpolate(indices, size=new_size, mode="nearest")[0, 0].numpy().astype(np.intp)
 
 
 def box_of_organs(organs: np.ndarray, margin_voxels: Sequence[int]) -> tuple[slice, slice, slice]:

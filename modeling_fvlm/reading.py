@@ -5,12 +5,12 @@ cannot be used raises `BadVolumeError` with the file's name; what looks odd but 
 the `notes` of the volume.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from transformers.utils import logging
 
 from .geometry import AXES, BadVolumeError, orient_to_lps
 from .hounsfield import RESCALE_MODES, check_rescale_mode, choose_rescale, padding, sample_voxels, wrong_hu
@@ -32,7 +32,7 @@ __all__ = [
     "volume_from_array",
 ]
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # Two grids are one if no corner voxel moves by more than this part of a voxel: headers round to a few decimals.
 MAX_GRID_SHIFT_VOXELS = 0.25

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import input as benchmark_input
 from benchmarks import prepare
+from benchmarks.worker import memory_of_a_worker
 from modeling_fvlm.processed_split import decode_volume
 
 
@@ -46,12 +47,19 @@ def test_both_ways_prepare_the_same_scan(tmp_path):
 
 
 def test_the_whole_comparison_and_its_json(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "in_fresh_process", lambda function, name, *job: (1.0, {"ours": 2.0}.get(name, 3.0)))
+    monkeypatch.setattr(prepare, "in_fresh_process", lambda function, *job: (1.0, 3.0))
     assert prepare.main(["--organs", "4", "--repeats", "1", "--json", str(tmp_path / "out.json")]) == 0
     (result,) = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert result["name"] == "prepare/4" and result["masks_are_equal"] and result["max_hu_difference"] <= 0.501
     assert result["baseline_peak_mb"] == 3.0 and result["ours_written_mb"] > 0 and result["inflate_s"] > 0
     assert result["ratio"] == result["baseline_s"] / result["ours_s"]
+    assert 30 < result["ours_start_mb"] < result["ours_peak_mb"] < 400, "a worker imports more than it needs"
+
+
+def test_a_worker_that_fails_is_no_measurement(tmp_path):
+    case = prepare.as_case(tmp_path / "none.nii.gz", tmp_path / "none_mask.nii.gz")
+    with pytest.raises(RuntimeError, match="the volume file was there when the build began"):
+        memory_of_a_worker(case, prepare.our_settings("chest_4", tmp_path))
 
 
 def test_input_reads_the_same_samples_from_all_places(tmp_path):
