@@ -20,6 +20,8 @@ from modeling_fvlm.geometry import crop_or_pad, crop_start, organ_bookkeeping
 from modeling_fvlm.preparation import padding_hu
 from modeling_fvlm.processed_split import Scratch, decode_volume
 
+from .data import RowError
+
 
 class FVLMCollator:
     """Make a batch of rows.
@@ -66,16 +68,17 @@ class FVLMCollator:
             `encode_captions` gives of the batch's different captions. An organ that is not whole has none.
 
         Raises:
-            ValueError: If a row cannot be read, with its place and scan. It is never replaced by another one.
+            RowError: If a row cannot be read, with its place and scan. It is never replaced by another one.
         """
         volumes, token_masks, complete = [], [], []
         for row in rows:
             try:
                 volume, token_mask, is_complete = self.prepare(row)
             except Exception as error:
-                raise ValueError(
-                    f"row {row.get('row')} (scan {row.get('scan_id')!r}) cannot be used: {error} Run `python -m "
-                    "data_builders inspect` on the data set, or build it again."
+                name = row["name"]() if "name" in row else f"row {row.get('row')} (scan {row.get('scan_id')!r})"
+                raise RowError(
+                    f"{name} cannot be used: {error} Run `python -m data_builders inspect` on the data set, or build "
+                    "it again."
                 ) from error
             volumes.append(volume)
             token_masks.append(token_mask)

@@ -6,13 +6,18 @@ pairs: a resumed run then sees exactly the crops of an undisturbed one, with any
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from huggingface_hub import hf_hub_download
 
@@ -52,8 +57,14 @@ class SplitDescription:
 
 
 def read_description(data: str, revision: str | None = None) -> SplitDescription:
-    """Read manifest.json of a local folder or of a data set on the Hub."""
+    """Read manifest.json of a local folder, of a data set on the Hub or of an address that fsspec reads."""
     path = Path(data) / "manifest.json"
+    if "://" in data:
+        try:
+            with fsspec.open(f"{data.rstrip('/')}/manifest.json", "rt", encoding="utf-8") as file:
+                return _description(json.load(file))
+        except FileNotFoundError as error:
+            raise SettingsError(f"--data {data}: no manifest.json there.") from error
     if not path.is_file():
         if Path(data).exists():
             raise SettingsError(
@@ -61,7 +72,11 @@ def read_description(data: str, revision: str | None = None) -> SplitDescription
                 "wrote, the one that holds README.md and volumes/."
             )
         path = Path(hf_hub_download(data, "manifest.json", repo_type="dataset", revision=revision))
-    settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    return _description(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _description(manifest: dict[str, Any]) -> SplitDescription:
+    settings = manifest["settings"]
     organ_set = settings["organ_set"]
     return SplitDescription(
         organ_set=organ_set["name"],
@@ -182,39 +197,103 @@ def caption_rows_of_other_patients(patient_ids: list[str], seed: int) -> np.ndar
     return source
 
 
-class ProcessedSplit(torch.utils.data.Dataset):
+class RowError(ValueError):
+    """A row that cannot be read or used: it is never replaced by another one, the run stops and names it."""
+
+
+class SplitRows(torch.utils.data.Dataset, ABC):
     """Rows of a split for the collator, addressed by a row number or by (epoch, row number).
 
-    Args:
-        rows: Table from `load_split`.
+    Attributes:
         caption_rows: Row whose captions each row gets, from `caption_rows_of_other_patients`; None: its own.
+        captions: The column of that name alone: reads no volume when only a caption is wanted.
     """
 
-    def __init__(self, rows: datasets.Dataset, caption_rows: np.ndarray | None = None):
-        self.rows = rows
-        self.tables = rows.with_format("arrow")  # volumes as views: `rows[index]` would copy them
-        self.caption_rows = caption_rows
-        self.captions = rows.select_columns(["captions"])  # reads no volume when only a caption is wanted
+    caption_rows: np.ndarray | None = None
+    captions: datasets.Dataset
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, row: int) -> dict[str, Any]:
+        """A row, its volume and mask as buffers of bytes."""
+
+    @abstractmethod
+    def column(self, name: str) -> Sequence[Any]:
+        """A column of all rows; not for volumes and masks."""
+
+    @abstractmethod
+    def place_of(self, row: int) -> str:
+        """Where a row lies, for messages: its file, and its place there."""
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        row = row_of_table(self.tables[int(index)])
+        epoch, index = (int(number) for number in (key if isinstance(key, tuple) else (0, key)))
+        try:
+            row = self.read(index)
+        except (OSError, pa.ArrowException) as error:
+            raise RowError(f"{self.name_of(index)} cannot be read: {error}") from error
         if self.caption_rows is not None:
             row["captions"] = self.captions[int(self.caption_rows[index])]["captions"]
-        return {**row, "epoch": int(epoch), "row": int(index)}
+        return {**row, "epoch": epoch, "row": index, "name": partial(self.name_of, index)}
+
+    def name_of(self, row: int) -> str:
+        """A row as messages name it: its number, its scan, and where it lies."""
+        try:
+            return f"row {row} (scan {self.scan_id(row)!r}, {self.place_of(row)})"
+        except (OSError, pa.ArrowException):  # the whole file is broken
+            return f"row {row}"
+
+    def scan_id(self, row: int) -> str:
+        """The scan of a row."""
+        return self.column("scan_id")[row]
 
     def patient_ids(self) -> list[str]:
         """Patient of each row."""
-        return list(self.rows["patient_id"])
+        return list(self.column("patient_id"))
 
     def caption_texts(self) -> Iterator[str]:
         """Every caption of the split, row after row."""
         for row in self.captions:
             for entry in row["captions"]:
                 yield entry["caption"]
+
+
+class ProcessedSplit(SplitRows):
+    """Rows of a split that lies here as a memory-mapped table.
+
+    Args:
+        rows: Table from `load_split`.
+        caption_rows: See `SplitRows`.
+        data, split: Where the table comes from, for messages.
+    """
+
+    def __init__(
+        self, rows: datasets.Dataset, caption_rows: np.ndarray | None = None, data: str = "memory", split: str = "train"
+    ):
+        self.rows = rows
+        self.tables = rows.with_format("arrow")  # volumes as views: `rows[index]` would copy them
+        self.caption_rows = caption_rows
+        self.captions = rows.select_columns(["captions"])
+        self.data, self.split = data, split
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, row: int) -> dict[str, Any]:
+        return row_of_table(self.tables[row])
+
+    def column(self, name: str) -> Sequence[Any]:
+        return self.rows.select_columns([name])[name]
+
+    def place_of(self, row: int) -> str:
+        number = row
+        for path in sorted(Path(self.data).glob(f"volumes/{self.split}-*.parquet")):
+            num_rows = pq.read_metadata(path).num_rows
+            if number < num_rows:
+                return f"{path.relative_to(self.data).as_posix()}, row {number}"
+            number -= num_rows
+        return f"{self.data}, split {self.split}"
 
 
 class EpochSampler(torch.utils.data.Sampler):

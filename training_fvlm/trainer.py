@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
 from modeling_fvlm.loss import OrganLoss, organ_contrastive_loss
@@ -28,7 +28,8 @@ from modeling_fvlm.loss import OrganLoss, organ_contrastive_loss
 from .arguments import FVLMTrainingArguments
 from .collator import FVLMCollator
 from .contrast_batches import ContrastBatches, num_held_chunks
-from .data import EpochSampler, ProcessedSplit
+from .data import EpochSampler, SplitRows
+from .durable import DurableTrainer, shielded
 from .embed import Embedded, embed
 from .gather import gather_dict
 from .gradient_cache import GradientCache
@@ -39,7 +40,7 @@ from .schedule import published_schedule
 NO_DECAY_NAMES = ("position", "temperature")
 
 
-class FVLMTrainer(Trainer):
+class FVLMTrainer(DurableTrainer):
     """Trainer for `FVLMModel`.
 
     Args:
@@ -61,9 +62,9 @@ class FVLMTrainer(Trainer):
         model: PreTrainedModel,
         args: FVLMTrainingArguments,
         *,
-        train_dataset: ProcessedSplit,
+        train_dataset: SplitRows,
         train_collator: FVLMCollator,
-        eval_dataset: ProcessedSplit | None = None,
+        eval_dataset: SplitRows | None = None,
         eval_collator: FVLMCollator | None = None,
         processor: ProcessorMixin | None = None,
         zero_shot: Callable[[PreTrainedModel], dict[str, float]] | None = None,
@@ -85,7 +86,8 @@ class FVLMTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False
         organs = list(self.accelerator.unwrap_model(self.model).config.organs)
-        self.window = OrganLossWindow(organs)
+        self.window = self.extra_state["organ_losses"] = OrganLossWindow(organs)
+        self.watch.organs = organs
         self.temperature = math.nan
         self.step_organs: list[Tensor] = []  # of each micro-batch since the last optimizer step: the active organs
         self.cache = self._gradient_cache() if args.is_cached else None
@@ -95,7 +97,7 @@ class FVLMTrainer(Trainer):
 
     # Data
 
-    def _get_train_sampler(self, train_dataset: ProcessedSplit | None = None) -> Sampler:
+    def _get_train_sampler(self, train_dataset: SplitRows | None = None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         is_shuffled = self.args.train_sampling_strategy == "random"
@@ -109,7 +111,7 @@ class FVLMTrainer(Trainer):
         args = self.args
         order = self._get_train_sampler(self.train_dataset)
         # The order is shared out over the ranks here, so accelerate has nothing to prepare.
-        return DataLoader(
+        loader = DataLoader(
             self.train_dataset,
             batch_sampler=ContrastBatches(
                 order, args.group_size, args.micro_batch_size, self.cache.num_held, args.world_size, args.process_index
@@ -120,16 +122,17 @@ class FVLMTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+        return shielded(loader)
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    def take_batches(
+        self, iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[Any, Tensor | int | None]:
         """The batches of an optimizer step; chunks are read when their turn comes, not all of them at once."""
         if self.cache is None:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
-        return _InTurn(epoch_iterator, num_batches), None
+            return super().take_batches(iterator, num_batches, device)
+        return _InTurn(iterator, num_batches), None
 
-    def get_eval_dataloader(self, eval_dataset: ProcessedSplit | None = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: SplitRows | None = None) -> DataLoader:
         """Every row once, centred: unlike the training loader it drops no last batch."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         loader = DataLoader(
@@ -139,7 +142,7 @@ class FVLMTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return self.accelerator.prepare(loader)
+        return shielded(self.accelerator.prepare(loader))
 
     # Training
 
@@ -163,6 +166,7 @@ class FVLMTrainer(Trainer):
         if is_training:
             is_abnormal, is_valid = fixed["is_abnormal"].bool(), fixed["is_valid"].bool()
             self.window.add(organ_loss, live["text_embeds"], fixed["caption_hash"], is_abnormal, is_valid)
+            self.watch.note_contrast(fixed["row"], organ_loss.organ_losses, live["image_embeds"], live["text_embeds"])
             if self.args.skip_inactive_organs:
                 self.step_organs.append(organ_loss.organ_is_active)
             self.temperature = 1 / embedded.parameters["logit_scale"].detach()
@@ -317,12 +321,6 @@ class FVLMTrainer(Trainer):
         """Add the organs' losses of the window to the Trainer's log line and to the CSV file."""
         if "loss" in logs and self.window.num_batches:
             rows = self.window.rows(self.state.global_step, self.state.epoch or 0.0)
-            if not math.isfinite(logs["loss"]):
-                broken = [row.organ for row in rows if row.active and not math.isfinite(row.loss)]
-                raise FloatingPointError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step} (organs {broken}). Continue from an "
-                    "earlier checkpoint with a lower --learning_rate, a lower --max_grad_norm, or without fp16."
-                )
             logs["active_organs"] = sum(row.active for row in rows)
             logs.update(_summary(rows, self.window))
             logs["temperature"] = float(self.temperature)
@@ -337,7 +335,7 @@ class FVLMTrainer(Trainer):
     @torch.no_grad()
     def evaluate(
         self,
-        eval_dataset: ProcessedSplit | None = None,
+        eval_dataset: SplitRows | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -357,8 +355,8 @@ class FVLMTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):
             embedded, logit_scale = self._embed_split(self.get_eval_dataloader(eval_dataset))
             logs = self._contrast_in_groups(*embedded, logit_scale, metric_key_prefix)
-            if self.zero_shot is not None and self.is_world_process_zero():
-                scores = self.zero_shot(self.accelerator.unwrap_model(self.model))
+            if self.zero_shot is not None:
+                scores = self.on_main_alone(lambda: self.zero_shot(self.accelerator.unwrap_model(self.model))) or {}
                 logs.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         self.model.train(was_training)
         num_rows, num_steps = len(embedded[0]), math.ceil(len(embedded[0]) / self.args.eval_batch_size)
