@@ -62,7 +62,13 @@ def make_model(num_organs: int, published_dropout: bool = True, attention_dropou
     return model
 
 
-def make_batch(num_organs: int, batch_size: int = 2, seed: int = 0, mean_tokens: int = MEAN_TOKENS) -> Batch:
+def make_batch(
+    num_organs: int,
+    batch_size: int = 2,
+    seed: int = 0,
+    mean_tokens: int = MEAN_TOKENS,
+    volume_size: tuple[int, int, int] = VOLUME_SIZE,
+) -> Batch:
     """Volumes of noise, boxes for organs, captions of random words.
 
     Args:
@@ -70,17 +76,18 @@ def make_batch(num_organs: int, batch_size: int = 2, seed: int = 0, mean_tokens:
         batch_size: Patients.
         seed: Of everything.
         mean_tokens: Tokens of a caption in the mean; the longest grow with them, up to the published 384.
+        volume_size: Voxels of a crop along (depth, height, width).
     """
     longest = min(LONGEST * mean_tokens // MEAN_TOKENS, LONGEST_PUBLISHED)
     generator = np.random.default_rng(seed)
-    volume = generator.integers(-1000, 400, (batch_size, *VOLUME_SIZE), dtype=np.int16)
-    mask = np.zeros((batch_size, *VOLUME_SIZE), np.uint8)
+    volume = generator.integers(-1000, 400, (batch_size, *volume_size), dtype=np.int16)
+    mask = np.zeros((batch_size, *volume_size), np.uint8)
     for patient in range(batch_size):
         # Large organs first: small ones lie upon them and stay whole.
         shares = np.sort(generator.uniform(0.08, 0.6, num_organs))[::-1]
         for organ, share in enumerate(shares):
-            size = [max(3, int(edge * share * generator.uniform(0.6, 1.0))) for edge in VOLUME_SIZE]
-            start = [int(generator.integers(1, edge - length)) for edge, length in zip(VOLUME_SIZE, size)]
+            size = [max(3, int(edge * share * generator.uniform(0.6, 1.0))) for edge in volume_size]
+            start = [int(generator.integers(1, edge - length)) for edge, length in zip(volume_size, size)]
             box = tuple(slice(low, low + length) for low, length in zip(start, size))
             mask[patient][box] = organ + 1
     token_ids = []
