@@ -8,7 +8,18 @@ import torch
 
 from modeling_fvlm.loss import organ_contrastive_loss
 from training_fvlm.curves import draw, main, series, smooth
-from training_fvlm.organ_losses import EVAL_FILE, TRAIN_FILE, OrganLossFile, OrganLossRow, OrganLossWindow, last_rows
+from training_fvlm.organ_losses import (
+    ABNORMAL,
+    CAPTIONED,
+    EVAL_FILE,
+    PRESENT,
+    TRAIN_FILE,
+    WHOLE,
+    OrganLossFile,
+    OrganLossRow,
+    OrganLossWindow,
+    last_rows,
+)
 
 ORGANS = ["lung", "heart", "aorta"]
 
@@ -91,18 +102,124 @@ def test_text_cosine_leaves_equal_and_invalid_captions_out():
     assert window.text_cosine() == pytest.approx(0.0), "only captions 0 and 1 differ and are valid"
 
 
+def slow_row(batches, organ):
+    """What a window says of one organ, patient by patient and pair by pair."""
+    excess, active, cosines, equal, valid, abnormal, captioned, counts = [], 0, [], [], 0, 0, 0, [0, 0]
+    for result, text, ids, _, is_valid, state in batches:
+        patients = range(len(ids))
+        if result.organ_is_active[organ]:
+            active += 1
+            excess.append(float(result.organ_losses[organ]) - math.log(sum(bool(is_valid[p, organ]) for p in patients)))
+        for p in patients:
+            valid += bool(is_valid[p, organ])
+            counts[0] += bool(state[p, organ] & PRESENT)
+            counts[1] += bool(state[p, organ] & WHOLE)
+            captioned += bool(state[p, organ] & CAPTIONED)
+            abnormal += bool(state[p, organ] & CAPTIONED) and bool(state[p, organ] & ABNORMAL)
+            for q in patients:
+                if p != q and is_valid[p, organ] and is_valid[q, organ]:
+                    equal.append(bool(ids[p, organ] == ids[q, organ]))
+                    if not equal[-1]:
+                        cosines.append(float(text[p, organ] @ text[q, organ]))
+    total = sum(len(ids) for _, _, ids, *_ in batches)
+    return {
+        **{"batches": len(batches), "active": active / len(batches), "spread": np.std(excess, ddof=1)},
+        **{"text_cosine": np.mean(cosines), "equal": np.mean(equal), "valid": valid / total},
+        **{"present": counts[0] / total, "whole": counts[1] / total, "captioned": captioned / total},
+        **{"abnormal": abnormal / captioned},
+    }
+
+
+def test_columns_are_those_of_a_walk_over_patients_and_pairs():
+    window, batches = OrganLossWindow(ORGANS), []
+    for seed in range(6):
+        generator = np.random.default_rng(seed)
+        ids = torch.tensor(generator.integers(0, 5, (6, 3)))
+        state = torch.tensor(generator.integers(0, 16, (6, 3)) | CAPTIONED * (generator.random((6, 3)) < 0.8))
+        is_valid = ((state & WHOLE) > 0) & ((state & CAPTIONED) > 0)
+        identity = (ids, (state & ABNORMAL) > 0, is_valid)
+        text = unit((6, 3, 8), 20 + seed)
+        result = organ_contrastive_loss(unit((6, 3, 8), seed), text, *identity, 10.0)
+        window.add(result, text, *identity, organ_state=state)
+        batches.append((result, text, *identity, state))
+    for organ, row in enumerate(window.rows(1, 0.1)):
+        expected = slow_row(batches, organ)
+        assert 0 < expected["valid"] < 1 and 0 < expected["equal"] < 1 and 0 < expected["abnormal"] < 1
+        assert {name: getattr(row, name) for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("is_collapsed", [False, True])
+def test_fit_tells_related_images_from_unrelated_ones_without_any_training(is_collapsed):
+    """Images carry their kind; captions are either of the same kind, or of another patient's."""
+    fits = {True: [], False: []}
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        kind = torch.randint(0, 2, (8, 1), generator=generator).bool()
+        image = torch.randn((8, 1, 16), generator=generator)
+        image[..., 0] += 4.0 * kind
+        if is_collapsed:  # all at nearly one point, as fresh weights have it
+            image = torch.ones(16) + 1e-3 * image
+        image = torch.nn.functional.normalize(image, dim=-1)
+        for is_own in (True, False):
+            is_abnormal = kind if is_own else kind[torch.randperm(8, generator=generator)]
+            identity = (torch.arange(8)[:, None], is_abnormal, torch.ones(8, 1, dtype=torch.bool))
+            window = OrganLossWindow(["lung"])
+            window.add(organ_contrastive_loss(image, image, *identity, 1.0), image, *identity, image_embeds=image)
+            (row,) = window.rows(1, 0.0)
+            if row.fit_batches:
+                fits[is_own].append(row.fit)
+    own, other = (np.array(fits[is_own]) for is_own in (True, False))
+    assert len(own) > 30 and own.mean() > 5 * own.std() / len(own) ** 0.5
+    assert abs(other.mean()) < 3 * other.std() / len(other) ** 0.5
+
+
+def test_fit_is_undefined_without_both_kinds_of_pairs():
+    image = unit((3, 1, 8))
+    for abnormal in ([True, True, True], [False, False, False]):  # no positives but oneself; no others
+        identity = (torch.arange(3)[:, None], torch.tensor(abnormal)[:, None], torch.ones(3, 1, dtype=torch.bool))
+        window = OrganLossWindow(["lung"])
+        window.add(organ_contrastive_loss(image, image, *identity, 1.0), image, *identity, image_embeds=image)
+        (row,) = window.rows(1, 0.0)
+        assert row.fit_batches == 0 and math.isnan(row.fit) and math.isnan(row.fit_spread)
+
+
+def test_retrieval_is_counted_by_hand():
+    # Patients 0 and 1 are normal: positives of each other. Patient 3 is not whole.
+    text = torch.eye(4)[:, None]
+    image = torch.eye(4)[[1, 0, 2, 3]][:, None]  # each normal image finds the other normal caption
+    identity = (
+        torch.arange(4)[:, None],
+        torch.tensor([False, False, True, True])[:, None],
+        torch.tensor([True, True, True, False])[:, None],
+    )
+
+    def row_of(image, text):
+        window = OrganLossWindow(["lung"])
+        result = organ_contrastive_loss(image, text, *identity, 1.0)
+        window.add(result, text, *identity, image_embeds=image, with_retrieval=True)
+        return window.rows(1, 0.0)[0]
+
+    row = row_of(image, text)
+    assert row.retrieval == pytest.approx(1.0) and row.retrieval_chance == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
+    wrong = row_of(torch.eye(4)[[2, 2, 0, 3]][:, None], text)
+    assert wrong.retrieval == 0.0
+    collapsed = row_of(torch.ones_like(image), torch.ones_like(text))
+    assert collapsed.retrieval == pytest.approx(collapsed.retrieval_chance), "ties are shared"
+
+
 def test_table_is_read_back_and_cut_where_a_run_resumes(tmp_path):
     table = OrganLossFile(tmp_path / "run" / TRAIN_FILE)
     table.append(
         [*rows_of("lung", "heart", step=10), OrganLossRow(10, 1.0, "aorta", math.nan, math.nan, math.nan, 0.0)]
     )
     table.append(rows_of("lung", step=20, loss=0.5))
-    assert table.path.read_text().splitlines()[0] == "step,epoch,organ,loss,chance,floor,active"
+    columns = table.path.read_text().splitlines()[0].split(",")
+    assert columns[:7] == ["step", "epoch", "organ", "loss", "chance", "floor", "active"] and "text_cosine" in columns
     read = table.read()
     assert [(row.step, row.organ, row.active) for row in read] == [
         (10, "lung", 1), (10, "heart", 1), (10, "aorta", 0), (20, "lung", 1)
     ]  # fmt: skip
-    assert math.isnan(read[2].loss) and read[3] == rows_of("lung", step=20, loss=0.5)[0]
+    assert math.isnan(read[2].loss) and repr(read[3]) == repr(rows_of("lung", step=20, loss=0.5)[0])
     table.keep_until(10)
     assert [row.step for row in table.read()] == [10, 10, 10]
     table.keep_until(0)
@@ -110,6 +227,28 @@ def test_table_is_read_back_and_cut_where_a_run_resumes(tmp_path):
     table.path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="must have the columns step,epoch,organ"):
         table.read()
+
+
+OLD_TABLE = """step,epoch,organ,loss,chance,floor,active
+10,1,lung,1.5,2,0.25,1
+10,1,heart,nan,nan,nan,0
+20,2,lung,1.25,2,0.25,0.5
+"""
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_table_of_an_earlier_version_is_read_and_continued(tmp_path, resumes):
+    table = OrganLossFile(tmp_path / TRAIN_FILE)
+    table.path.write_text(OLD_TABLE)
+    old = table.read()
+    assert [(row.step, row.organ, row.loss) for row in old][::2] == [(10, "lung", 1.5), (20, "lung", 1.25)]
+    assert all(math.isnan(row.text_cosine) and math.isnan(row.batches) for row in old)
+    assert series(old)["lung"].shape == (2, 4) and last_rows(old)["lung"].loss == 1.25
+    if resumes:
+        table.keep_until(20)
+    added = OrganLossRow(30, 3.0, "lung", 1.0, 2.0, 0.25, 1.0, batches=10.0, text_cosine=0.5)
+    table.append([added])
+    assert repr(table.read()) == repr([*old, added]), "old rows keep what they have, new ones have all"
 
 
 def test_last_rows_average_the_last_active_windows():
