@@ -20,11 +20,12 @@ from modeling_fvlm.loss import (
     smooth,
     text_soft_positives,
 )
-from training_fvlm.objective import Objective
+from training_fvlm.objective import Objective, Terms
 from training_fvlm.objective_settings import ObjectiveSettings, organ_numbers
 
 ORGANS = [f"organ{number}" for number in range(6)]
 SCALE = torch.tensor(9.0)
+START = {"step": 0, "progress": 0.0}
 
 
 def make_config(**fields):
@@ -78,7 +79,9 @@ def test_with_everything_off_it_is_the_published_loss_bit_for_bit(seed, reductio
     live, fixed = make_batch(seed)
     leaves = [live["image_embeds"].requires_grad_(), live["text_embeds"].requires_grad_()]
     scale = SCALE.clone().requires_grad_()
-    ours = Objective(make_config(organ_reduction=reduction), ObjectiveSettings())(live, fixed, scale, 0.3)
+    ours = Objective(make_config(organ_reduction=reduction), ObjectiveSettings())(
+        live, fixed, scale, step=2, progress=0.3
+    )
     theirs = organ_contrastive_loss(*leaves, *identity_of(fixed), scale, reduction)
     assert ours.loss > 0 and ours.terms == {}
     for name in ("loss", "organ_losses", "organ_is_active", "num_contrasted", "organ_floors"):
@@ -115,8 +118,8 @@ def test_targets_are_put_together_in_the_stated_order(targets, smoothing):
         both = [smooth(each, is_valid, torch.tensor([0.1, 0.3, 0.1, 0.1, 0.1, 0.1])) for each in both]
     for ours, theirs in zip(objective.targets(fixed, SCALE), both, strict=True):
         torch.testing.assert_close(ours, theirs)
-    loss = objective(live, fixed, SCALE, 0.0).loss
-    published = Objective(make_config(), ObjectiveSettings())(live, fixed, SCALE, 0.0).loss
+    loss = objective(live, fixed, SCALE, **START).loss
+    published = Objective(make_config(), ObjectiveSettings())(live, fixed, SCALE, **START).loss
     assert loss.isfinite() and not torch.isclose(loss, published)
 
 
@@ -135,7 +138,8 @@ def test_order_of_the_patients_does_not_matter():
     for objective in (everything(), Objective(make_config(), ObjectiveSettings())):
         given = {name: tensor[order] for name, tensor in live.items()}
         again = {name: tensor[order] for name, tensor in fixed.items()}
-        one, other = objective(live, fixed, SCALE, 0.4, variances), objective(given, again, SCALE, 0.4, variances)
+        when = {"step": 3, "progress": 0.4}
+        one, other = objective(live, fixed, SCALE, variances, **when), objective(given, again, SCALE, variances, **when)
         torch.testing.assert_close(other.loss, one.loss)
         torch.testing.assert_close(other.organ_losses, one.organ_losses)
         assert set(other.terms) == set(one.terms)
@@ -152,7 +156,7 @@ def test_gradients_of_everything_at_once_in_float64():
     objective.targets = lambda fixed, scale: targets  # the teacher's sharpness is the model's: not differentiated
 
     def loss(*given):
-        return objective(dict(zip(names, given)), fixed, given[4], 0.2, given[5].double()).loss
+        return objective(dict(zip(names, given)), fixed, given[4], given[5].double(), step=1, progress=0.2).loss
 
     assert torch.autograd.gradcheck(loss, inputs)
 
@@ -162,7 +166,7 @@ def test_nothing_to_contrast_is_a_zero_with_zero_gradients():
     nothing = fixed | {"is_valid": torch.zeros_like(fixed["is_valid"]), "report_hash": torch.zeros(7).long()}
     leaves = [tensor.requires_grad_() for tensor in live.values()]
     scale, variances = SCALE.clone().requires_grad_(), torch.zeros(6, requires_grad=True)
-    result = everything()(live, nothing, scale, 0.3, variances)
+    result = everything()(live, nothing, scale, variances, step=1, progress=0.3)
     assert result.loss == 0 and not result.organ_is_active.any()
     for gradient in torch.autograd.grad(result.loss, [*leaves, scale, variances]):
         assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -176,8 +180,8 @@ def test_the_global_contrast_is_added_and_leaves_out_who_has_none():
     fixed["report_hash"][2] = 0
     live["volume_embeds"][4] = 0
     objective = Objective(make_config(volume_pooling="mean"), ObjectiveSettings(global_weight=0.25))
-    result = objective(live, fixed, SCALE, 0.0)
-    plain = Objective(make_config(), ObjectiveSettings())(live, fixed, SCALE, 0.0)
+    result = objective(live, fixed, SCALE, **START)
+    plain = Objective(make_config(), ObjectiveSettings())(live, fixed, SCALE, **START)
     rows = [0, 1, 3, 5, 6]
     yes = torch.ones(5, dtype=torch.bool)
     whole = global_contrastive_loss(
@@ -204,10 +208,9 @@ def test_schedules_of_the_global_contrast(schedule, step, progress, organs, whol
     live, fixed = make_batch()
     settings = ObjectiveSettings(global_weight=2.0, global_schedule=schedule, global_warmup=0.2)
     objective = Objective(make_config(volume_pooling="attention"), settings)
-    objective.end_step(step, progress)
     leaves = [tensor.requires_grad_() for tensor in live.values()]
-    result = objective(live, fixed, SCALE, progress)
-    plain = Objective(make_config(), ObjectiveSettings())(live, fixed, SCALE, progress)
+    result = objective(live, fixed, SCALE, step=step, progress=progress)
+    plain = Objective(make_config(), ObjectiveSettings())(live, fixed, SCALE, step=step, progress=progress)
     torch.testing.assert_close(result.loss, organs * plain.loss + whole * result.terms["global_loss"])
     # What has no weight in a step has a gradient all the same, of zeros: DDP waits for it.
     gradients = torch.autograd.grad(result.loss, leaves)
@@ -222,19 +225,19 @@ def test_dwa_compares_windows_of_steps():
     objective = Objective(make_config(organ_reduction="dwa"), ObjectiveSettings(dwa_window=2, dwa_temperature=1.5))
     plain = organ_contrastive_loss(live["image_embeds"], live["text_embeds"], *identity_of(fixed), SCALE)
     is_active = plain.organ_is_active
-    torch.testing.assert_close(objective(live, fixed, SCALE, 0.0).loss, plain.loss)
+    torch.testing.assert_close(objective(live, fixed, SCALE, **START).loss, plain.loss)
     # Two windows of two steps; organ 0 falls from 2 to 1, the others stand.
     for step, first in enumerate((1.5, 2.5, 0.5, 1.5)):
         losses = torch.ones(6)
         losses[0] = first
         objective.observe(plain._replace(organ_losses=losses * is_active))
         objective.end_step(step + 1, 0.0)
-        weights = objective(live, fixed, SCALE, 0.0).terms["weight/organ0"]
+        weights = objective(live, fixed, SCALE, **START).terms["weight/organ0"]
         assert (weights == 1) == (step < 3)
     last, before = torch.ones(6) * is_active, torch.ones(6) * is_active
     before[0] = 2
     expected = dynamic_weights(last, before, 1.5)
-    result = objective(live, fixed, SCALE, 0.0)
+    result = objective(live, fixed, SCALE, **START)
     torch.testing.assert_close(torch.stack([result.terms[f"weight/{organ}"] for organ in ORGANS]), expected)
     torch.testing.assert_close(result.loss, (expected * plain.organ_losses).sum())
     assert expected[0] < 1 and float(expected.mean()) == pytest.approx(1)
@@ -244,7 +247,7 @@ def test_uncertainty_reads_the_models_variances_and_logs_what_they_weigh():
     live, fixed = make_batch()
     objective = Objective(make_config(organ_reduction="uncertainty"), ObjectiveSettings())
     variances = torch.linspace(-1, 1, 6)
-    result = objective(live, fixed, SCALE, 0.0, variances)
+    result = objective(live, fixed, SCALE, variances, **START)
     active = result.organ_is_active
     expected = ((-variances).exp() * result.organ_losses + variances / 2)[active].sum()
     torch.testing.assert_close(result.loss, expected)
@@ -255,8 +258,13 @@ def test_organs_that_the_curriculum_has_not_let_in_are_not_in_the_loss():
     live, fixed = make_batch()
     settings = ObjectiveSettings(curriculum="frequency", curriculum_start=0.3, curriculum_end=0.5)
     objective = Objective(make_config(organ_reduction="mean"), settings, num_abnormal=[1, 9, 8, 7, 6, 5])
-    early, late = objective(live, fixed, SCALE, 0.0), objective(live, fixed, SCALE, 0.5)
-    plain = Objective(make_config(organ_reduction="mean"), ObjectiveSettings())(live, fixed, SCALE, 0.0)
+    early, late = (
+        objective(live, fixed, SCALE, **START),
+        objective(live, fixed, SCALE, step=0, progress=0.5),
+    )
+    plain = Objective(make_config(organ_reduction="mean"), ObjectiveSettings())(
+        live, fixed, SCALE, step=0, progress=0.0
+    )
     assert plain.organ_is_active[0] and not early.organ_is_active[0]
     torch.testing.assert_close(late.loss, plain.loss)
     assert early.terms["weight/organ0"] == 0 and late.terms["weight/organ0"] == 1
@@ -275,7 +283,7 @@ def test_a_resumed_objective_goes_on_to_the_digit(stop):
     def run(objective, first, last):
         losses = []
         for step in range(first, last):
-            result = objective(*make_batch(seed=step), SCALE, step / 12)
+            result = objective(*make_batch(seed=step), SCALE, step=step, progress=step / 12)
             objective.observe(result)
             objective.end_step(step + 1, (step + 1) / 12)
             losses.append(result.loss.item())
@@ -285,9 +293,26 @@ def test_a_resumed_objective_goes_on_to_the_digit(stop):
     stopped = Objective(config, settings)
     before = run(stopped, 0, stop)
     resumed = Objective(config, settings)
+    assert resumed.has_state and not Objective(make_config(volume_pooling="mean"), ObjectiveSettings()).has_state
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
     assert before + run(resumed, stop, 12) == whole
     assert len(set(whole)) == 12
+
+
+def test_terms_are_means_over_the_contrasts_of_a_line():
+    live, fixed = make_batch()
+    objective = Objective(make_config(volume_pooling="mean"), ObjectiveSettings())
+    result = objective(live, fixed, SCALE, **START)
+    terms, resumed = Terms(), Terms()
+    assert terms.means() == {}
+    terms.add(result)
+    resumed.load_state_dict(terms.state_dict())
+    for each in (terms, resumed):
+        each.add(result._replace(terms={"global_loss": torch.tensor(1.0), "global_chance": torch.tensor(0.0)}))
+        loss, chance = result.terms["global_loss"].item(), math.log(7)
+        assert each.means() == pytest.approx({"global_loss": (loss + 1) / 2, "global_chance": chance / 2})
+        each.clear()
+        assert each.means() == {}
 
 
 # --- settings -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from tiny_split import ORGANS, tiny_row
+from tiny_training import dataset_of
 
 from training_fvlm.data import EpochSampler
 from training_fvlm.organ_sampling import AbnormalCaptions, BalancedSampler, read_abnormal_captions
@@ -114,17 +115,23 @@ def test_the_order_hangs_on_seed_and_epoch_alone():
     assert len({tuple(each) for each in rows.values()}) == 4
 
 
-def test_captions_alone_are_read():
+def test_captions_alone_are_read(monkeypatch):
     rows = [tiny_row(number) for number in range(6)]
     rows[1]["captions"] = [entry for entry in rows[1]["captions"] if entry["organ"] != "heart"]
-    only_captions = [{"captions": row["captions"]} for row in rows]
-    abnormal = read_abnormal_captions(only_captions, [row["patient_id"] for row in rows], ORGANS)
+    for number, patient in enumerate("abaccb"):
+        rows[number]["patient_id"] = patient
+    dataset = dataset_of(rows)
+    monkeypatch.setattr(type(dataset), "read", None)
+    abnormal = read_abnormal_captions(dataset, ORGANS)
     for number, row in enumerate(rows):
         for organ, name in enumerate(ORGANS):
             is_abnormal = any(entry["organ"] == name and entry["is_abnormal"] for entry in row["captions"])
             assert (abnormal.hashes[number, organ] != 0) == is_abnormal
     texts = [entry["caption"] for row in rows for entry in row["captions"] if entry["is_abnormal"]]
     assert len(set(abnormal.hashes.flatten().tolist())) == len(set(texts)) + 1
-    assert sum(abnormal.num_abnormal) == len(texts) and len(set(abnormal.patients.tolist())) == 6
-    fewer = read_abnormal_captions(only_captions, ["a", "b", "a", "c", "c", "a"], ORGANS[1:])
-    assert fewer.num_abnormal == abnormal.num_abnormal[1:] and fewer.patients.tolist() == [0, 1, 0, 2, 2, 0]
+    assert sum(abnormal.num_abnormal) == len(texts) and abnormal.patients.tolist() == [0, 1, 0, 2, 2, 1]
+    assert read_abnormal_captions(dataset, ORGANS[1:]).num_abnormal == abnormal.num_abnormal[1:]
+    dataset.caption_rows = np.array([5, 4, 3, 2, 1, 0])
+    shuffled = read_abnormal_captions(dataset, ORGANS)
+    assert (shuffled.hashes == abnormal.hashes[::-1]).all(), "the control is trained with others' captions"
+    assert (shuffled.patients == abnormal.patients).all()

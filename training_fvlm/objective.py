@@ -11,6 +11,8 @@
 
 Every rank computes the same. A call changes nothing; `observe` and `end_step` do, and what they gather is in
 `state_dict`, so that a resumed run goes on to the digit.
+
+`Terms` gathers what a loss says beside the organs' losses until the next log line.
 """
 
 from collections.abc import Sequence
@@ -73,7 +75,6 @@ class Objective:
                 probe=settings.curriculum_probe,
                 num_abnormal=num_abnormal,
             )
-        self.step = 0  # optimizer steps done
         self.window = _DynamicWeights(len(self.organs), settings) if self.reduction == "dwa" else None
 
     def __call__(
@@ -81,8 +82,10 @@ class Objective:
         live: dict[str, Tensor],
         fixed: dict[str, Tensor],
         logit_scale: Tensor,
-        progress: float,
         organ_log_variances: Tensor | None = None,
+        *,
+        step: int,
+        progress: float,
     ) -> OrganLoss:
         """Contrast the patients of all ranks.
 
@@ -92,8 +95,9 @@ class Objective:
             fixed: `caption_hash`, `is_abnormal`, `is_valid` (patients, organs); where asked for, `report_hash`
                 (patients,), `labels` (patients, findings), and of teachers what teacher.py says.
             logit_scale: Scalar, 1 / temperature.
-            progress: Share of the run that is done, in [0, 1].
             organ_log_variances: `(organs,)` of the model, for "uncertainty".
+            step: Optimizer steps done.
+            progress: Share of the run that is done, in [0, 1].
 
         Returns:
             `OrganLoss`, whose `terms` hold the global contrast's numbers and the organs' weights, if there are any.
@@ -118,7 +122,7 @@ class Objective:
         loss = result.loss
         # (4)
         if self.has_global_branch:
-            organs_weight, whole_weight = self.global_weights(progress)
+            organs_weight, whole_weight = self.global_weights(step, progress)
             # A crop without any organ has no embedding.
             has_volume = (live["volume_embeds"].detach() != 0).any(-1)
             whole = global_contrastive_loss(
@@ -176,11 +180,11 @@ class Objective:
             weights = has_entered if weights is None else weights * has_entered
         return weights
 
-    def global_weights(self, progress: float) -> tuple[float, float]:
+    def global_weights(self, step: int, progress: float) -> tuple[float, float]:
         """(4) What the organs' loss and the global one count."""
         settings = self.settings
         if settings.global_schedule == "alternate":
-            return (0.0, settings.global_weight) if self.step % 2 == 0 else (1.0, 0.0)
+            return (0.0, settings.global_weight) if step % 2 == 0 else (1.0, 0.0)
         if settings.global_schedule == "warmup" and progress < settings.global_warmup:
             return 1.0, settings.global_weight * progress / settings.global_warmup
         return 1.0, settings.global_weight
@@ -194,6 +198,11 @@ class Objective:
         if weights is None:
             return {}
         return {f"weight/{organ}": weight for organ, weight in zip(self.organs, weights.float().unbind())}
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the steps to come hang on those that were done."""
+        return self.window is not None or self.curriculum is not None
 
     def observe(self, organ_loss: OrganLoss) -> None:
         """Take note of a contrast of the training."""
@@ -209,7 +218,6 @@ class Objective:
             step: Optimizer steps done.
             progress: Share of the run that is done now.
         """
-        self.step = step
         if self.window is not None and step % self.settings.dwa_window == 0:
             self.window.shift()
         if self.curriculum is not None:
@@ -217,7 +225,7 @@ class Objective:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON holds it to the digit."""
-        state: dict[str, Any] = {"step": self.step}
+        state: dict[str, Any] = {}
         if self.window is not None:
             state["window"] = self.window.state_dict()
         if self.curriculum is not None:
@@ -226,7 +234,6 @@ class Objective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self.step = state["step"]
         if self.window is not None:
             self.window.load_state_dict(state["window"])
         if self.curriculum is not None:
@@ -265,3 +272,34 @@ class _DynamicWeights:
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         for name in self.NAMES:
             setattr(self, name, torch.tensor(state[name], dtype=torch.float64))
+
+
+class Terms:
+    """Means of what the losses between two log lines say beside the organs' losses."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new line."""
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    @torch.no_grad()
+    def add(self, organ_loss: OrganLoss) -> None:
+        """Add the terms of one contrast."""
+        for name, value in (organ_loss.terms or {}).items():
+            self.sums[name] = value.double() + self.sums[name].to(value.device) if name in self.sums else value.double()
+        self.count += 1
+
+    def means(self) -> dict[str, float]:
+        """Name -> mean; empty where there is nothing to say."""
+        return {name: float(total) / self.count for name, total in self.sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """A line that is not full yet, for a checkpoint."""
+        return {"sums": dict(self.sums), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with a line."""
+        self.sums, self.count = state["sums"], state["count"]

@@ -19,13 +19,12 @@ others out: which ones is drawn anew each epoch. The order hangs on (seed, epoch
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from modeling_fvlm.captions import caption_hash
 
-from .data import EpochSampler
+from .data import EpochSampler, SplitRows
 
 SEATS_PER_ANCHOR = 4
 
@@ -48,25 +47,24 @@ class AbnormalCaptions:
         return (self.hashes != 0).sum(0).tolist()
 
 
-def read_abnormal_captions(
-    captions: Sequence[dict[str, Any]], patient_ids: Sequence[str], organs: Sequence[str]
-) -> AbnormalCaptions:
-    """Read which organs are abnormal in which rows.
+def read_abnormal_captions(dataset: SplitRows, organs: Sequence[str]) -> AbnormalCaptions:
+    """Read which organs are abnormal in which rows, in the captions that the rows are trained with.
 
     Args:
-        captions: Rows with `captions`; no other column is read.
-        patient_ids: Patient of each row.
+        dataset: Its captions and patients are read, and no volume.
         organs: The model's organs; captions of others are passed over.
     """
     index_of = {organ: index for index, organ in enumerate(organs)}
-    hashes = np.zeros((len(patient_ids), len(organs)), dtype=np.int64)
-    for row, content in enumerate(captions):
+    hashes = np.zeros((len(dataset), len(organs)), dtype=np.int64)
+    for row, content in enumerate(dataset.captions):
         for entry in content["captions"]:
             if entry["is_abnormal"] and entry["organ"] in index_of:
                 hashes[row, index_of[entry["organ"]]] = caption_hash(entry["caption"], True)
+    if dataset.caption_rows is not None:
+        hashes = hashes[dataset.caption_rows]
     number_of: dict[str, int] = {}
-    patients = np.array([number_of.setdefault(patient, len(number_of)) for patient in patient_ids], dtype=np.int64)
-    return AbnormalCaptions(hashes, patients)
+    patients = [number_of.setdefault(patient, len(number_of)) for patient in dataset.patient_ids()]
+    return AbnormalCaptions(hashes, np.array(patients, dtype=np.int64))
 
 
 class BalancedSampler(EpochSampler):

@@ -16,15 +16,14 @@ They compute without dropout, and draw nothing from the generators that the mode
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modeling_fvlm.modeling_fvlm import FVLMModel
 
-TEACHER_FILE = "momentum_teacher.safetensors"
+from .gradient_cache import IMAGE_INPUTS
 
 
 class _TextSide(nn.Module):
@@ -69,19 +68,13 @@ class MomentumTeacher:
         """Embeddings `(texts, dim)`, unit length."""
         return self.text_side.get_text_features(input_ids, attention_mask)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the weights into a folder."""
-        # One copy of each: weights that share memory are refused by the format.
-        weights = {name: tensor.detach().clone().contiguous() for name, tensor in self.text_side.state_dict().items()}
-        save_file(weights, Path(folder) / TEACHER_FILE)
+    def state_dict(self) -> dict[str, Any]:
+        """Its weights, for a checkpoint."""
+        return self.text_side.state_dict()
 
-    def load(self, folder: str | Path) -> None:
-        """Take the weights from a folder.
-
-        Raises:
-            FileNotFoundError: If they are not there.
-        """
-        self.text_side.load_state_dict(load_file(Path(folder) / TEACHER_FILE))
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the weights of a checkpoint."""
+        self.text_side.load_state_dict(state)
 
 
 class Teachers:
@@ -100,12 +93,13 @@ class Teachers:
         """What is said of the images of some patients, for what is fixed in a contrast; empty without a peer.
 
         Args:
-            inputs: What the model reads of the images of a collator's batch, on its device.
+            inputs: What the model reads of the images of a collator's batch, on its device; other tensors are left
+                alone.
         """
         if self.peer is None:
             return {}
         with evaluating(self.peer):
-            outputs = self.peer(**inputs, return_loss=False)
+            outputs = self.peer(**{name: inputs[name] for name in IMAGE_INPUTS if name in inputs}, return_loss=False)
         image_embeds = outputs.image_embeds.float()
         return {
             "teacher_image_embeds": image_embeds,
