@@ -22,6 +22,7 @@ from training_fvlm.data import (
     load_split,
     read_description,
 )
+from training_fvlm.organ_losses import ABNORMAL, CAPTIONED, PRESENT, WHOLE
 from training_fvlm.text import train_tokenizer
 
 PATCH = (2, 4, 8)
@@ -90,6 +91,24 @@ def test_centred_batch_equals_a_walk_over_voxels(config, tokenizer, number):
     )
     assert expected.any() and not expected.all()
     np.testing.assert_array_equal(batch["organ_token_mask"][0].numpy(), expected)
+
+
+def test_the_state_of_an_organ_tells_of_captions_that_are_left_out(config, tokenizer):
+    rows = [addressed(tiny_row(number, cut=number == 0), number) for number in range(4)]
+    rows[1]["captions"] = [entry for entry in rows[1]["captions"] if entry["organ"] != "heart"]
+    rows[2]["mask"] = encode_array(np.where(decode_volume(rows[2])[1] == 3, 0, decode_volume(rows[2])[1]))
+    batch = FVLMCollator(tokenizer, config, is_random=False)(rows)
+    state = batch["organ_state"]
+    for number, row in enumerate(rows):
+        captions = {entry["organ"]: entry for entry in row["captions"]}
+        for place, organ in enumerate(ORGANS):
+            assert bool(state[number, place] & PRESENT) == bool(batch["organ_token_mask"][number, place].any())
+            assert bool(state[number, place] & WHOLE) == bool(batch["organ_is_complete"][number, place])
+            assert bool(state[number, place] & CAPTIONED) == (organ in captions)
+            assert bool(state[number, place] & ABNORMAL) == (organ in captions and captions[organ]["is_abnormal"])
+    lung, heart, aorta = ORGANS.index("lung"), ORGANS.index("heart"), ORGANS.index("aorta")
+    assert state[0, lung] & ~ABNORMAL == PRESENT | CAPTIONED and not state[1, heart] & CAPTIONED
+    assert not state[2, aorta] & PRESENT and state[2, aorta] & CAPTIONED
 
 
 def test_captions_are_encoded_once_and_point_back(config, tokenizer):

@@ -20,7 +20,7 @@ WINDOWS = (
 
 def forward_batch(batch: dict) -> dict:
     """A batch of the collator without what only the trainer reads."""
-    return {name: value for name, value in batch.items() if name not in ("row", "text_hash")}
+    return {name: value for name, value in batch.items() if name not in ("row", "text_hash", "organ_state")}
 
 
 def dataset_of(rows: list[dict], caption_rows=None) -> ProcessedSplit:

@@ -144,6 +144,7 @@ class StepWatch:
         self._contrasts: list[Contrast] = []
         self._parameters: list[str] = []
         self._parameter_norms: Tensor | None = None
+        self.last_gradients: tuple[list[str], Tensor | None] = ([], None)
 
     @torch.no_grad()
     def note_contrast(self, rows: Tensor, organ_losses: Tensor, image_embeds: Tensor, text_embeds: Tensor) -> None:
@@ -173,6 +174,7 @@ class StepWatch:
         ]
         self._parameters = [name for name, _ in named]
         self._parameter_norms = torch.stack(torch._foreach_norm([grad for _, grad in named])) if named else None
+        self.last_gradients = (self._parameters, self._parameter_norms)
 
     def end_step(self, number: int, loss: Tensor, gradient_norm: Tensor | float | None) -> None:
         """Close a step.

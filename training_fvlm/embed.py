@@ -19,7 +19,7 @@ from torch.nn import functional as F
 # Read by the loss and not by the model.
 LOSS_INPUTS = ("caption_index", "caption_hash", "organ_is_abnormal", "report_index", "text_hash")
 # Those of them that go into `fixed` as they are, where the collator makes them.
-FIXED_INPUTS = ("report_hash", "labels", "row")
+FIXED_INPUTS = ("report_hash", "labels", "row", "organ_state")
 # Outputs of the model that are parameters of the loss, where the model has them.
 LOSS_PARAMETERS = ("logit_scale", "organ_log_variances")
 
