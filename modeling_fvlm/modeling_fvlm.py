@@ -177,7 +177,7 @@ class Temperature(nn.Module):
         if self.training:
             with torch.no_grad():
                 self.value.clamp_(self.minimum, self.maximum)
-        return 1 / self.value.float()
+        return 1 / self.value.float().reshape(())  # DeepSpeed gives it an axis
 
 
 class OrganVariances(nn.Module):

@@ -178,7 +178,7 @@ class FVLMZeroShotPipeline(Pipeline):
         return checked
 
 
-def save_for_hub(model, processor, folder: str | Path) -> None:
+def save_for_hub(model, processor, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write model, processor, pipeline and their code into one folder that loads with `trust_remote_code=True`.
 
     `AutoModel`, `AutoProcessor` and `pipeline("ct-zero-shot", model=folder)` then work with nothing of ours installed.
@@ -186,8 +186,9 @@ def save_for_hub(model, processor, folder: str | Path) -> None:
 
     Args:
         model: `FVLMModel`, unwrapped.
-        processor: `FVLMProcessor`.
+        processor: `FVLMProcessor`; None leaves it out.
         folder: Made if it does not exist; files of an earlier save are overwritten.
+        state_dict: The weights, where they had to be collected from several processes; None: those of the model.
     """
     folder = Path(folder)
     model.config.custom_pipelines = {
@@ -197,6 +198,25 @@ def save_for_hub(model, processor, folder: str | Path) -> None:
             "type": "multimodal",
         }
     }
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    if state_dict is not None:
+        from .modeling_fvlm import FVLMModel  # of the folder of a loaded pipeline a second copy, so not at its top
+
+        # FSDP2 gives a model a class of torch's own, whose code would be saved in place of ours.
+        with torch.device("meta"):
+            model = FVLMModel(model.config)
+        state_dict = _as_in_model(state_dict, model)
+    model.save_pretrained(folder, state_dict=state_dict)
+    if processor is not None:
+        processor.save_pretrained(folder)
     custom_object_save(FVLMZeroShotPipeline, folder)
+
+
+def _as_in_model(state_dict: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights in the shapes and the number type a model gives them.
+
+    DeepSpeed takes no parameter without an axis, so the temperature has one there; and under bf16 it keeps bfloat16.
+    """
+    return {
+        name: state_dict[name].detach().to("cpu", torch.float32).reshape(parameter.shape).contiguous()
+        for name, parameter in model.state_dict().items()
+    }
