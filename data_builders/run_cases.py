@@ -32,6 +32,7 @@ from modeling_fvlm.preparation import PreparedScan, prepare_scan
 from modeling_fvlm.processed_split import encode_array
 from modeling_fvlm.published_preparation import as_stored, prepare_published_scan
 from modeling_fvlm.reading import (
+    notes_alone,
     read_affine,
     read_mask,
     read_nifti,
@@ -79,7 +80,7 @@ def prepare_case(case: Case, settings: Settings) -> BuiltRow:
     places: list[Path] = []  # where the files lie on this machine
     say = partial(told, case=case, places=places, is_hashed=settings.ids == "hashed")
     try:
-        with contextlib.ExitStack() as copies:
+        with notes_alone(), contextlib.ExitStack() as copies:
             for file in (case.volume, case.mask):
                 places.append(copies.enter_context(local_copy(file)))
             scan, notes = read_scan(case, settings, *places)

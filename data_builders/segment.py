@@ -25,7 +25,7 @@ import numpy as np
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from modeling_fvlm.organs import TOTALSEGMENTATOR_V2
-from modeling_fvlm.reading import Volume, read_volume
+from modeling_fvlm.reading import Volume, notes_alone, read_volume
 
 from .cases import Case, names_and_sizes
 from .summary import console
@@ -192,7 +192,10 @@ def make_masks(cases: Sequence[Case], args: argparse.Namespace) -> list[Case]:
 def make_mask(case: Case, segmenter: Segmenter, rescale_mode: str) -> str | None:
     """Segment the volume of one case into its mask file; returns the reason where that fails."""
     try:
-        volume = read_volume(case.volume, rescale_mode=rescale_mode, series_uid=case.series_uid)  # (1)
+        with notes_alone():  # the build reads it again, and tells
+            volume = read_volume(
+                case.volume, rescale=case.rescale, rescale_mode=rescale_mode, series_uid=case.series_uid
+            )  # (1)
     except (ValueError, FileNotFoundError) as error:
         return str(error).replace(f"{case.volume.parent}{os.sep}", "")
     try:

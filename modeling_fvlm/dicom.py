@@ -28,9 +28,7 @@ from typing import BinaryIO
 import numpy as np
 
 from .geometry import AIR_HU, MAX_AXIS_COSINE, BadVolumeError
-from .reading import Volume, volume_from_array
-
-logger = logging.getLogger(__name__)
+from .reading import Volume, tell, volume_from_array
 
 MIN_SLICES = 5  # fewer are no volume but a few pictures
 # A whole-body scan has about 4000 slices of 512 x 512, 2^30 voxels.
@@ -154,10 +152,9 @@ def read_dicom(place: str | Path, series_uid: str | None = None) -> Volume:
         _check_places(stack)
         hu = _read_pixels(source, stack, notes)  # (4)
         hu, affine = _straighten(hu, stack, notes)  # (5)
-    for note in notes:
-        logger.warning(f"{place}: {note}")
+    told = tell(str(place), *notes)
     volume = volume_from_array(hu, affine, name=str(place))
-    return replace(volume, notes=(*volume.notes, *notes))
+    return replace(volume, notes=(*volume.notes, *told))
 
 
 # (1) Headers

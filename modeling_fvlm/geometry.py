@@ -15,14 +15,11 @@ ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D. Where the released code i
 follow the affine (not the absolute values of its diagonal), margins are the same on both sides.
 """
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
-
-logger = logging.getLogger(__name__)
 
 AIR_HU = -1024  # what lies outside the scan
 AXES = ("depth", "height", "width")
@@ -116,12 +113,6 @@ def turn_to_lps(shape: Sequence[int], affine: np.ndarray) -> tuple[Turn, tuple[f
     # The array axis for each world axis (x, y, z): the assignment with the largest total alignment. Taking the largest
     # component of each row could choose one array axis twice.
     axis_of_world = max(permutations(range(3)), key=lambda order: np.abs(direction[range(3), order]).sum())
-    rotation = np.degrees(np.arccos(min(np.abs(direction[range(3), axis_of_world]).min(), 1.0)))
-    if rotation > MAX_QUIET_ROTATION_DEGREES:
-        logger.warning(
-            f"the scan is turned by {rotation:.0f} degrees against the body axes and is read along the closest ones; "
-            "resample it onto straight axes if that is not meant."
-        )
     order = axis_of_world[::-1]  # depth is z, height is y, width is x
     new_affine = np.eye(4)
     new_affine[:3, :3] = axes[:, order]
@@ -136,6 +127,19 @@ def turn_to_lps(shape: Sequence[int], affine: np.ndarray) -> tuple[Turn, tuple[f
             new_affine[:3, axis] *= -1
     spacing = tuple(float(voxel_size[axis]) for axis in order)
     return Turn(order, is_flipped), spacing, new_affine
+
+
+def oblique_note(affine: np.ndarray) -> str | None:
+    """What to tell of a scan that lies far aslant, or None; from its affine after `orient_to_lps`."""
+    axes = affine[:3, 2::-1]  # columns along x, y, z
+    cosines = np.abs(np.diag(axes)) / np.linalg.norm(axes, axis=0)
+    rotation = np.degrees(np.arccos(min(cosines.min(), 1.0)))
+    if rotation <= MAX_QUIET_ROTATION_DEGREES:
+        return None
+    return (
+        f"the scan is turned by {rotation:.0f} degrees against the body axes and is read along the closest ones; "
+        "resample it onto straight axes if that is not meant."
+    )
 
 
 # (2) Resampling and boxes

@@ -19,6 +19,7 @@ from .geometry import (
     BadVolumeError,
     VolumeResampler,
     nearest_cells,
+    oblique_note,
     organ_box,
     resampled_shape,
     resampled_spacing,
@@ -36,7 +37,7 @@ from .image_files import (
     read_to_the_end,
 )
 from .preparation import PreparedScan, organs_of_labels
-from .reading import Volume, check_same_grid, judge_hu
+from .reading import Volume, check_same_grid, judge_hu, tell
 
 
 class NiftiSlices:
@@ -175,4 +176,5 @@ def _resampled_volume(
             sample.append(plane[:: steps[1], :: steps[2]].astype(np.float64).ravel())
         if index in read:
             resampler.add(index, plane)
-    return resampler.output, judge_hu(np.concatenate(sample), low, high, str(volume.path), rescale_mode)
+    notes = judge_hu(np.concatenate(sample), low, high, str(volume.path), rescale_mode)
+    return resampler.output, (*notes, *tell(str(volume.path), oblique_note(volume.affine)))

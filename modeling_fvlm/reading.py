@@ -6,14 +6,24 @@ the `notes` of the volume.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from .geometry import AXES, BadVolumeError, orient_to_lps
-from .hounsfield import RESCALE_MODES, check_rescale_mode, choose_rescale, padding, sample_voxels, wrong_hu
+from .geometry import AXES, BadVolumeError, oblique_note, orient_to_lps
+from .hounsfield import (
+    RESCALE_MODES,
+    check_rescale_mode,
+    choose_rescale,
+    how_to_rescale,
+    padding,
+    sample_voxels,
+    wrong_hu,
+)
 from .image_files import StoredImage, file_kind, read_stored, read_stored_nifti, stored_affine
 
 __all__ = [
@@ -23,12 +33,14 @@ __all__ = [
     "check_same_grid",
     "judge_hu",
     "mask_from_array",
+    "notes_alone",
     "read_affine",
     "read_mask",
     "read_nifti",
     "read_nifti_mask",
     "read_structures",
     "read_volume",
+    "tell",
     "volume_from_array",
 ]
 
@@ -45,6 +57,30 @@ PADDING_BELOW_HU = -1100
 # Label 255 means "outside the numbering" once labels are looked up.
 MAX_STRUCTURES = 254
 STRUCTURE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+
+
+_is_logged: ContextVar[bool] = ContextVar("is_logged", default=True)
+
+
+@contextmanager
+def notes_alone() -> Iterator[None]:
+    """Inside, what looks odd about a file stands in the `notes` alone, and is not logged under the file's path.
+
+    For who tells the notes himself, and under other names: a path may name a patient.
+    """
+    token = _is_logged.set(False)
+    try:
+        yield
+    finally:
+        _is_logged.reset(token)
+
+
+def tell(name: str, *notes: str | None) -> tuple[str, ...]:
+    """Log what looks odd about a volume, unless inside `notes_alone`; returns the notes that are some."""
+    told = tuple(note for note in notes if note)
+    for note in told if _is_logged.get() else ():
+        logger.warning(f"{name}: {note}")
+    return told
 
 
 @dataclass
@@ -197,11 +233,10 @@ def volume_from_array(
     turned, spacing, new_affine = _oriented(array, affine, name)
     rescale, note = choose_rescale(turned, rescale, rescale_mode)
     turned = _as_hu(turned, rescale, name)
-    if note:
-        logger.warning(f"{name}: {note}")
-    low, high = int(turned.min()), int(turned.max())
-    notes = judge_hu(sample_voxels(turned), low, high, name, rescale_mode)
-    return Volume(turned, spacing, new_affine, name, (*([note] if note else []), *notes))
+    notes = tell(name, note)
+    notes += judge_hu(sample_voxels(turned), int(turned.min()), int(turned.max()), name, rescale_mode)
+    notes += tell(name, oblique_note(new_affine))
+    return Volume(turned, spacing, new_affine, name, notes)
 
 
 def judge_hu(sample: np.ndarray, low: int, high: int, name: str, rescale_mode: str = "auto") -> tuple[str, ...]:
@@ -230,10 +265,9 @@ def judge_hu(sample: np.ndarray, low: int, high: int, name: str, rescale_mode: s
     if low > MIN_HU_OF_AIR and not wrong:
         notes.append(
             f"the lowest value is {low}, but air is near -1000 HU. The rescale slope and intercept were probably never "
-            "applied; give rescale=(slope, intercept) or repair the file."
+            f"applied. {how_to_rescale('SLOPE', 'INTERCEPT')}"
         )
-    for note in notes:
-        logger.warning(f"{name}: {note}")
+    tell(name, *notes)
     found = padding(sample)
     if found and found[0] < PADDING_BELOW_HU:
         notes.append(f"{found[1]:.0%} of the voxels are padding of {found[0]:.0f} HU around the scan; it is kept.")
@@ -300,8 +334,9 @@ def _read_dicom(path: str | Path, affine, rescale, rescale_mode: str, series_uid
             "neither, and a rescale mode of 'auto' or 'apply'."
         )
     volume = read_dicom(path, series_uid)
-    if rescale_mode == "auto":  # its notes stand in the volume already
-        judge_hu(sample_voxels(volume.array), int(volume.array.min()), int(volume.array.max()), str(path))
+    if rescale_mode == "auto":
+        with notes_alone():  # they were told, and stand in the volume already
+            judge_hu(sample_voxels(volume.array), int(volume.array.min()), int(volume.array.max()), str(path))
     return volume
 
 

@@ -14,6 +14,7 @@ from modeling_fvlm.geometry import (
     crop_inside,
     crop_or_pad,
     crop_start,
+    oblique_note,
     organ_bookkeeping,
     organ_box,
     organ_is_complete,
@@ -105,12 +106,18 @@ def test_a_small_rotation_goes_to_the_closest_axes(axis, degrees):
     np.testing.assert_allclose(new_affine, rotation @ lps_affine(), atol=1e-9)
 
 
-def test_a_large_rotation_is_reported(caplog):
-    angle = np.radians(30)
-    rotation = np.eye(4)
-    rotation[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    orient_to_lps(random_volume(), rotation)
-    assert "turned by 30 degrees" in caplog.text
+@pytest.mark.parametrize("plane", [(0, 1), (1, 2), (0, 2)])
+def test_a_large_rotation_is_told(plane):
+    first, second = plane
+    for degrees in (-30, 19, 21, 44):
+        angle, rotation = np.radians(degrees), np.eye(4)
+        rotation[first, first] = rotation[second, second] = np.cos(angle)
+        rotation[first, second], rotation[second, first] = -np.sin(angle), np.sin(angle)
+        for order, flips in (((0, 1, 2), (False, False, False)), ((2, 0, 1), (True, False, True))):
+            array, matrix = stored(random_volume(), lps_affine(), order, flips)
+            note = oblique_note(orient_to_lps(array, rotation @ matrix)[2])
+            told = f"turned by {abs(degrees)} degrees"
+            assert (note is None) == (degrees == 19) and (note is None or told in note), (degrees, note)
 
 
 def test_the_turned_affine_leads_every_voxel_to_its_old_place():

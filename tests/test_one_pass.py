@@ -71,6 +71,18 @@ def test_exchanged_axes_in_the_slice_and_margins_beyond_the_scan(tmp_path, endin
     assert_equal(prepare_files(*paths, TABLE, spacing, margin), read_whole(*paths, spacing, margin))
 
 
+def test_a_scan_that_lies_aslant_is_noted_both_ways(tmp_path):
+    paths = write_pair(tmp_path)
+    angle, turn = np.radians(30), np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    for path in paths:
+        image = nibabel.load(path)
+        nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), turn @ image.affine), path)
+    slices = prepare_files(*paths, TABLE, (3.0, 1.0, 1.0), MARGIN)
+    assert_equal(slices, read_whole(*paths, (3.0, 1.0, 1.0)))
+    assert [note for note in slices[1] if "turned by 30 degrees" in note]
+
+
 def test_the_files_are_not_read_whole(tmp_path, monkeypatch):
     paths = write_pair(tmp_path)
     largest = []

@@ -39,6 +39,7 @@ from data_builders.privacy import (
     write_key,
 )
 from data_builders.sources import RemoteFile
+from modeling_fvlm.reading import read_volume
 
 SALT = "5f" * 32
 
@@ -547,6 +548,29 @@ def test_the_search_finds_what_is_there_and_headers_are_never_copied(canary_sour
     packed = gzip.compress(b"Quoxa")
     assert leaks(gzip.decompress(packed), (HEADERS,)) and not leaks(packed, (HEADERS,))
     assert leaks("Quaxi".encode("utf-16"), (NAMES,)) and leaks(b"Qua\n  xi", (NAMES,))
+
+
+@pytest.mark.parametrize("ids", ["hashed", "kept"])
+def test_what_is_odd_about_a_file_is_told_in_the_manifest_and_not_logged(tmp_path, capfd, caplog, ids):
+    """A log line of the reader has the whole path in it."""
+    source, out = tmp_path / "source", tmp_path / "split"
+    volume, mask = arrays()
+    volume[0, 0, 0] = 30000  # metal
+    for name, dtype in (("quaxi_1", np.int16), ("quaxi_2", np.int32)):  # read slice by slice, and as a whole
+        path = save_nifti(volume.astype(dtype), source / "scans" / f"{name}.nii.gz")
+        save_nifti(mask, source / "masks" / f"{name}.nii.gz")
+    write_csv(source / "table.csv", [{"id": "quaxi_1"}, {"id": "quaxi_2"}])
+    write_csv(source / "reports.csv", [{"id": name, **REPORT} for name in ("quaxi_1", "quaxi_2")])
+    assert build(source, out, "--ids", ids) == 0
+    printed = capfd.readouterr()
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    assert str(tmp_path) not in printed.err and leaks(printed.err.encode(), (NAMES,)) == []
+    warnings = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["warnings"]
+    told = [entry["case"] for entry in warnings if "far outside a CT's HU" in entry["warning"]]
+    assert len(told) == 2 and "far outside a CT's HU" in printed.out
+    assert all(PSEUDONYM.fullmatch(case) if ids == "hashed" else case.startswith("quaxi_") for case in told)
+    read_volume(path)
+    assert path.name in caplog.text, "who reads a file himself is told"
 
 
 def test_a_build_is_not_continued_with_another_salt(tmp_path, capfd):
