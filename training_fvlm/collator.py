@@ -2,8 +2,8 @@
 
 (1) decode volume and mask, (2) crop or pad them to the network's size, at random in training and centred in
 evaluation, (3) tell which patches hold which organ and which organs are whole, (4) flip and leave out tokens if asked
-to, (5) encode every caption of the batch once, and if asked to its reports and labels. The volume stays int16 HU: the model windows it, on its own device, and a quarter of the
-bytes travel from worker to device.
+to, (5) encode every caption of the batch once, and if asked to its reports and labels. The volume stays int16 HU: the
+model windows it, on its own device, and a quarter of the bytes travel from worker to device.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,21 @@ from modeling_fvlm.processed_split import Scratch, decode_volume
 
 from .data import RowError
 from .label_task import LabelTask
+from .objective_settings import ObjectiveSettings, organ_numbers
 from .organ_losses import ABNORMAL, CAPTIONED, PRESENT, WHOLE
 from .token_dropout import TokenDropout
+
+
+def objective_options(
+    settings: ObjectiveSettings, config: FVLMConfig, label_task: LabelTask | None = None
+) -> dict[str, Any]:
+    """What a training's objective asks of its collator, as arguments of `FVLMCollator`."""
+    rates = organ_numbers(settings.organ_token_dropout, config.organs, "--organ_token_dropout")
+    return {
+        "token_dropout": TokenDropout(tuple(rates), settings.organ_token_dropout_size) if any(rates) else None,
+        "with_reports": config.volume_pooling != "none",
+        "label_task": label_task,
+    }
 
 
 class FVLMCollator:
@@ -75,9 +88,9 @@ class FVLMCollator:
         Returns:
             `volume` (batch, depth, height, width) int16 HU; `organ_token_mask` (batch, organs, tokens) bool;
             `organ_is_complete` (batch, organs) bool; `organ_state` (batch, organs) int64, the bits of organ_losses.py;
-            `row` (batch,) int64, the rows' numbers in the split; with a label task `labels` (batch, findings) int64; and
-            what `encode_captions` gives of the batch's different captions and, if asked for, reports. An organ that is
-            not whole has no caption.
+            `row` (batch,) int64, the rows' numbers in the split; with a label task `labels` (batch, findings) int64;
+            and what `encode_captions` gives of the batch's different captions and, if asked for, reports. An organ
+            that is not whole has no caption.
 
         Raises:
             RowError: If a row cannot be read, with its place and scan. It is never replaced by another one.

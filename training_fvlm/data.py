@@ -29,6 +29,8 @@ from modeling_fvlm.processed_split import load_rows, row_of_table
 from .arguments import SettingsError
 
 COLUMNS = ("patient_id", "scan_id", "volume", "mask", "shape", "captions")
+# What a report says of a row, as far as it is read: it goes with the captions in the shuffled control.
+SPOKEN = ("captions", "findings", "impression", "labels")
 
 
 @dataclass(frozen=True)
@@ -155,20 +157,23 @@ def check_padding(
             )
 
 
-def load_split(data: str, split: str, *, revision: str | None = None, max_rows: int | None = None) -> datasets.Dataset:
-    """Load a split as a memory-mapped table of the columns training reads."""
+def load_split(
+    data: str, split: str, *, revision: str | None = None, max_rows: int | None = None, more: Sequence[str] = ()
+) -> datasets.Dataset:
+    """Load a split as a memory-mapped table of the columns training reads; `more` names others of `SPOKEN`."""
     try:
         rows = load_rows(data, split, revision)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    missing = [name for name in COLUMNS if name not in rows.column_names]
+    columns = [*COLUMNS, *more]
+    missing = [name for name in columns if name not in rows.column_names]
     if missing:
         raise SettingsError(f"{data}, split {split}: columns {missing} are missing; it has {rows.column_names}.")
     if len(rows) == 0:
         raise SettingsError(f"{data}, split {split}: there are no rows.")
     if max_rows is not None:
         rows = rows.select(range(min(max_rows, len(rows))))
-    return rows.select_columns(list(COLUMNS))
+    return rows.select_columns(columns)
 
 
 def caption_rows_of_other_patients(patient_ids: list[str], seed: int) -> np.ndarray:
@@ -206,7 +211,7 @@ class SplitRows(torch.utils.data.Dataset, ABC):
 
     Attributes:
         caption_rows: Row whose captions each row gets, from `caption_rows_of_other_patients`; None: its own.
-        captions: The column of that name alone: reads no volume when only a caption is wanted.
+        captions: The columns of `SPOKEN` alone: reads no volume when only a caption is wanted.
     """
 
     caption_rows: np.ndarray | None = None
@@ -234,7 +239,7 @@ class SplitRows(torch.utils.data.Dataset, ABC):
         except (OSError, pa.ArrowException) as error:
             raise RowError(f"{self.name_of(index)} cannot be read: {error}") from error
         if self.caption_rows is not None:
-            row["captions"] = self.captions[int(self.caption_rows[index])]["captions"]
+            row |= self.captions[int(self.caption_rows[index])]
         return {**row, "epoch": epoch, "row": index, "name": partial(self.name_of, index)}
 
     def name_of(self, row: int) -> str:
@@ -274,7 +279,7 @@ class ProcessedSplit(SplitRows):
         self.rows = rows
         self.tables = rows.with_format("arrow")  # volumes as views: `rows[index]` would copy them
         self.caption_rows = caption_rows
-        self.captions = rows.select_columns(["captions"])
+        self.captions = rows.select_columns([name for name in SPOKEN if name in rows.column_names])
         self.data, self.split = data, split
 
     def __len__(self) -> int:

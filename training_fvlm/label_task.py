@@ -32,8 +32,12 @@ class LabelTask:
     findings: tuple[str, ...]
     finding_of_organ: Tensor
 
+    def encode_rows(self, rows: Iterable[dict[str, Any]]) -> Tensor:
+        """(4) The labels of rows, `(rows, findings)` int64."""
+        return torch.tensor([self.encode(row["labels"]) for row in rows])
+
     def encode(self, labels: Iterable[dict[str, Any]] | None) -> list[int]:
-        """(4) A row's labels in the order of `findings`: 1 present, 0 absent, -1 unknown or not labelled."""
+        """A row's labels in the order of `findings`: 1 present, 0 absent, -1 unknown or not labelled."""
         value_of = {entry["finding"]: entry["value"] for entry in labels or ()}
         return [int(value_of.get(finding, -1)) for finding in self.findings]
 

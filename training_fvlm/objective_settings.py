@@ -5,7 +5,7 @@ section. All defaults are the published objective.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 TARGETS = ("published", "momentum", "co_teaching", "labels")
@@ -131,6 +131,11 @@ class ObjectiveSettings:
         """Whether `target` is among --targets."""
         return target in self.targets
 
+    @property
+    def needs_abnormal_captions(self) -> bool:
+        """Whether the abnormal captions of the whole split are read before the first step."""
+        return self.organ_sampling == "balanced" or self.curriculum == "frequency"
+
     def objective_faults(self) -> list[str]:
         """What is wrong with these settings, each as a message; nothing if they can run."""
         faults = []
@@ -176,6 +181,9 @@ class ObjectiveSettings:
             except ValueError as error:
                 faults.append(str(error))
         return faults
+
+
+OBJECTIVE_FIELDS = tuple(entry.name for entry in fields(ObjectiveSettings))
 
 
 def organ_numbers(words: Sequence[str | float], organs: Sequence[str], option: str) -> list[float]:

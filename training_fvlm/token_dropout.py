@@ -7,8 +7,28 @@ where `token_selection` is "organs".
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class TokenDropout:
+    """The dropout of a training.
+
+    Attributes:
+        rates: Of each organ, in [0, 1).
+        size: Tokens up to which an organ's rate holds in full.
+    """
+
+    rates: tuple[float, ...]
+    size: int
+
+    def __call__(self, token_mask: np.ndarray, key: tuple[int, int, int]) -> np.ndarray:
+        """Leave tokens out of a crop's organs; which ones hangs on (seed, epoch, row) alone."""
+        # A stream of its own: `default_rng(key)` is that of the crop.
+        generator = np.random.default_rng(np.random.SeedSequence(key, spawn_key=(1,)))
+        return drop_organ_tokens(token_mask, self.rates, self.size, generator)
 
 
 def drop_organ_tokens(
@@ -20,7 +40,7 @@ def drop_organ_tokens(
         token_mask: `(organs, tokens)` bool: the patches that hold each organ.
         rates: Of each organ, in [0, 1).
         size: Tokens up to which an organ's rate holds in full.
-        generator: Fixes which ones: it hangs on (seed, epoch, row) alone.
+        generator: Fixes which ones.
 
     Returns:
         `(organs, tokens)` bool, part of `token_mask`; an organ that had tokens has at least one.
