@@ -41,8 +41,9 @@ from modeling_fvlm import FVLMConfig
 from modeling_fvlm.gemm import BLAS, gemm_backend, pick_gemm_backend
 from modeling_fvlm.modeling_fvlm import set_attention
 from modeling_fvlm.pipeline_fvlm import save_for_hub
+from training_fvlm.adapt import merge_adapter, plan_adapting, write_adapter
 from training_fvlm.arguments import Settings, SettingsError, parse_settings
-from training_fvlm.build import build_model, centre_projections
+from training_fvlm.build import build_model, centre_projections, outline_model
 from training_fvlm.callbacks import CurveCallback
 from training_fvlm.collator import FVLMCollator
 from training_fvlm.curves import draw_if_logged
@@ -61,7 +62,7 @@ from training_fvlm.trainer import FVLMTrainer
 
 logger = logging.get_logger("train_fvlm")
 RUN_FILE = "run.json"
-PACKAGES = ("fvlm", "torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
+PACKAGES = ("fvlm", "torch", "transformers", "datasets", "accelerate", "peft", "tokenizers", "numpy")
 # An absolute path within a text: at its start, or behind white space, a quote, a bracket, a comma or `=`.
 ABSOLUTE_PATH = re.compile(r"""(?<![^\s=,'"(\[{])(?:file:/)?/[^\s,'")\]}]*""")
 # What the order of rows, the crops, the contrast and the steps hang on, by the place in run.json. The number of steps
@@ -75,6 +76,8 @@ RESUMED_SETTINGS = (
     *(f"training.{name}" for name in ("contrastive_batch_size", "micro_batch_size")),
     *(f"training.{name}" for name in ("gradient_accumulation_steps", "lr_schedule", "warmup_start_lr", "min_lr")),
     *(f"training.{name}" for name in ("weight_decay_everywhere", "skip_inactive_organs", "published_gradient_scale")),
+    *(f"training.{name}" for name in ("lora", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "freeze")),
+    *(f"training.{name}" for name in ("layer_lr_decay", "vision_lr_scale", "text_lr_scale")),
     "training.attn_implementation",
 )
 
@@ -102,6 +105,8 @@ def train(settings: Settings) -> None:
     description = read_description(data.data, data.data_revision)
     check_against_recipe(description, settings.model, data.data)
     start = None if data.init_from is None else read_start(data.init_from, settings.model, description)
+    if args.adapts:  # what --lora, --freeze and the rates name must be there: asked before a volume is read
+        plan_adapting(outline_model(settings.model, description, start), args)
     train_dataset, eval_dataset = load_datasets(settings)
 
     # Model
@@ -141,11 +146,14 @@ def train(settings: Settings) -> None:
         eval_collator=FVLMCollator(is_random=False, **crop),
         processor=processor,
         zero_shot=zero_shot_evaluation(settings, model.config, processor) if data.eval_tasks else None,
+        base=public_name(data.init_from) if data.init_from else "",
         callbacks=[CurveCallback()],
     )
     backend = gemm_backend_of_run(trainer)
     run = describe_run(settings, trainer, backend)
     run["organs"] = None if start is None else start.describe_organs()
+    if not trainer.adaptation.is_whole:
+        logger.warning("%s", trainer.adaptation)
     trainer.write_card = lambda: write_card(trainer, run)
     if trainer.is_world_process_zero():
         write_run(run, args.output_dir)
@@ -162,7 +170,11 @@ def train(settings: Settings) -> None:
     if trainer.is_world_process_zero():
         write_run(run, args.output_dir)
         draw_if_logged(args.output_dir)
-        save_for_hub(trainer.accelerator.unwrap_model(trainer.model), processor, args.output_dir)
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        if trainer.adaptation.is_lora:
+            write_adapter(trained, trainer.adaptation, Path(args.output_dir) / "adapter")
+            merge_adapter(trained)
+        save_for_hub(trained, processor, args.output_dir)
         trainer.write_card()
         logger.warning("trained %d steps in %.0f s: %s", run["steps"], run["train_seconds"], args.output_dir)
     if args.push_to_hub:
@@ -412,7 +424,8 @@ def describe_run(settings: Settings, trainer: FVLMTrainer, backend: str | None) 
             "text encoder": text_encoder and public_name(text_encoder),
         },
         "data_rows": rows,
-        "num_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "num_parameters": trainer.adaptation.num_parameters,
+        "adapting": trainer.adaptation.describe(args),
         "group_size": args.group_size,
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
         "precision": args.computed_precision,

@@ -116,7 +116,7 @@ def whole_graph(trainer, batches, contrast_number: int) -> tuple[float, dict[str
     fixed = {name: torch.cat(parts) for name, parts in zip(names, zip(*fixed))}
     loss = trainer.objective(live, fixed, {"logit_scale": model.temperature()}).loss
     loss.backward()
-    return float(loss), {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    return float(loss), {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def cached_step(trainer, batches, contrast_number: int) -> tuple[float, dict[str, torch.Tensor]]:
@@ -128,7 +128,8 @@ def cached_step(trainer, batches, contrast_number: int) -> tuple[float, dict[str
     total += sum(
         float(trainer.cache.take(trainer.model, batch, contrast_number)) for batch in batches[trainer.cache.num_held :]
     )
-    return total, {name: weight.grad.clone() for name, weight in trainer.model.named_parameters()}
+    named = trainer.model.named_parameters()
+    return total, {name: weight.grad.clone() for name, weight in named if weight.requires_grad}
 
 
 def trainer_and_batches(folder, chunk: int, dropout: float = 0.3, **settings):

@@ -36,6 +36,7 @@ logger = logging.get_logger(__name__)
 RECIPES = Path(__file__).resolve().parent.parent / "hub_configs" / "recipes"
 RECIPE_KEYS = ("name", "version", "description", "model", "data", "training")
 TEXT_ENCODER_KEYS = ("from_scratch", "vocab_size", "pretrained", "revision", "attention_dropout")
+TOWERS = {"vision": "vision_model", "text": "text_model"}
 # Written by the run itself: organs and their classes come with the organ set, text_config with the text encoder.
 DERIVED_MODEL_KEYS = ("organs", "organ_classes", "text_config")
 
@@ -196,6 +197,58 @@ class FVLMTrainingArguments(TrainingArguments):
             "contrast (a full-size one takes 0.02 GB); what does not fit is read a second time."
         },
     )
+    lora: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Towers (vision, text) that keep their weights and learn a low-rank addition to their linear "
+            "layers instead: a few hundredths of the weights, of the optimizer's memory and of a checkpoint's size, "
+            "and with few patients less is forgotten. For towers that were trained before (--init_from). Pooling, "
+            "projections and temperature are trained in full. A tower that is not named is trained in full too, "
+            "unless --freeze names it. The finished folder holds the merged weights; `adapter/` in it holds the "
+            "addition alone, for peft."
+        },
+    )
+    lora_rank: int = field(
+        default=16, metadata={"help": "Rank of --lora's addition: what it can learn grows with it, and its files do."}
+    )
+    lora_alpha: int = field(
+        default=32, metadata={"help": "--lora's addition is multiplied by lora_alpha / lora_rank: its learning rate."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on what --lora's addition reads."})
+    lora_targets: Literal["attention", "all"] = field(
+        default="attention",
+        metadata={
+            "help": "Linear layers of the blocks that --lora adds to: those of the attention (queries, keys, values, "
+            "output), or `all`, the MLP's as well: about three times the size."
+        },
+    )
+    freeze: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Parts of the model that stay as they are, by name: `text_model`, `vision_model.embeddings "
+            "vision_model.blocks.0-5` (a range of blocks), `*.bias` (a glob). A tower that is frozen whole, or from "
+            "the bottom up, keeps no activations. To let fresh organs settle first, freeze both towers in a short run "
+            "and go on from its folder with --init_from. Dropout goes on in frozen parts."
+        },
+    )
+    layer_lr_decay: float = field(
+        default=1.0,
+        metadata={
+            "help": "Learning rate of a block over that of the block above it, in each tower by itself (0.65 to 0.9 "
+            "is usual for a trained ViT): the top block has decay times --learning_rate, embeddings the least, pooling "
+            "and projections the full rate. 1: the same rate everywhere. Every schedule is multiplied by it."
+        },
+    )
+    vision_lr_scale: float = field(
+        default=1.0, metadata={"help": "Factor of the learning rate in the image tower, beside --layer_lr_decay."}
+    )
+    text_lr_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor of the learning rate in the text encoder, beside --layer_lr_decay; 0.1 keeps a pretrained "
+            "one near its start. Not 0: that is --freeze text_model."
+        },
+    )
     weight_decay_everywhere: bool = field(
         default=False,
         metadata={
@@ -324,6 +377,7 @@ class FVLMTrainingArguments(TrainingArguments):
         if self.gemm_backend not in ("auto", *BACKENDS):
             raise SettingsError(f"--gemm_backend {self.gemm_backend!r} must be auto, {' or '.join(BACKENDS)}.")
         self._check_attention()
+        self._check_adapting()
         if self.device.type == "cpu" and self.torch_compile:
             raise SettingsError(
                 "--torch_compile on a CPU compiles for minutes again and again, since captions and organs give every "
@@ -360,6 +414,33 @@ class FVLMTrainingArguments(TrainingArguments):
             raise SettingsError(
                 f"--attn_implementation {self.attn_implementation} does not compute in float32: add --bf16 or --fp16."
             )
+
+    def _check_adapting(self) -> None:
+        """Refuse what --lora, --freeze and the scales of learning rates cannot mean."""
+        for tower in self.lora:
+            if tower not in TOWERS:
+                raise SettingsError(f"--lora {tower!r} is no tower; choose from {', '.join(TOWERS)}, or both.")
+        self.lora = [tower for tower in TOWERS if tower in self.lora]  # in one order, each once
+        if self.lora_rank < 1 or self.lora_alpha < 1 or not 0 <= self.lora_dropout < 1:
+            raise SettingsError(
+                f"--lora_rank {self.lora_rank} and --lora_alpha {self.lora_alpha} must be at least 1, --lora_dropout "
+                f"{self.lora_dropout} in [0, 1)."
+            )
+        if self.lora_targets not in ("attention", "all"):  # a recipe's value passes by the choices
+            raise SettingsError(f"--lora_targets {self.lora_targets!r} must be attention or all.")
+        if not 0 < self.layer_lr_decay <= 1:
+            raise SettingsError(f"--layer_lr_decay {self.layer_lr_decay} must lie in (0, 1].")
+        for tower, module in TOWERS.items():
+            if not (scale := getattr(self, f"{tower}_lr_scale")) > 0:
+                raise SettingsError(
+                    f"--{tower}_lr_scale {scale} must be positive; to keep the tower as it is, --freeze {module}."
+                )
+
+    @property
+    def adapts(self) -> bool:
+        """True if not every weight is trained alike."""
+        scales = (self.layer_lr_decay, self.vision_lr_scale, self.text_lr_scale)
+        return bool(self.lora or self.freeze) or any(scale != 1 for scale in scales)
 
     @property
     def computed_precision(self) -> str:
@@ -605,6 +686,13 @@ def _check_combinations(data: DataArguments, training: FVLMTrainingArguments, mo
         )
     if data.eval_tasks and training.eval_strategy == "no":
         raise SettingsError("--eval_tasks without --eval_strategy steps or epoch would never be scored.")
+    if data.init_from is None:
+        for tower in training.lora:
+            if tower == "vision" or "pretrained" not in model["text_encoder"]:
+                raise SettingsError(
+                    f"--lora {tower} adds to weights that were trained before, but those of {TOWERS[tower]} would be "
+                    "random: name a model with --init_from, or leave it out."
+                )
     if data.init_from is not None:
         return  # the folder's config and the model section make the model together (start.py)
     # The config checks every size by itself; organs and text stand in here for those the data and the encoder bring.

@@ -20,7 +20,13 @@ from .data import ProcessedSplit, SplitDescription
 from .embed import embed
 from .organ_origins import measure_centres
 from .start import Start
-from .text import load_text_encoder, put_text_encoder, text_config_from_scratch, train_tokenizer
+from .text import (
+    load_text_encoder,
+    put_text_encoder,
+    read_text_config,
+    text_config_from_scratch,
+    train_tokenizer,
+)
 
 logger = logging.get_logger(__name__)
 # What text configs call the dropout of attention probabilities.
@@ -103,6 +109,26 @@ def build_model(
 
 def set_attention_dropout(text_config: dict[str, Any], rate: float) -> None:
     """Put the dropout of attention probabilities into the fields of a text config, whatever they call it.
+def outline_model(model: dict[str, Any], description: SplitDescription, start: Start | None = None) -> FVLMModel:
+    """The model that `build_model` makes, without weights (on the device "meta") and without reading any data.
+
+    Its names are those to come; the sizes of a fresh text encoder are not, which hang on the captions.
+
+    Args:
+        model, description, start: As for `build_model`.
+    """
+    if start is not None:
+        model, text_config = start.model, start.config.text_config.to_dict()
+    elif "pretrained" in (text := model["text_encoder"]):
+        text_config = read_text_config(text["pretrained"], text.get("revision")).to_dict()
+    else:
+        text_config = {"model_type": "bert", **text["from_scratch"]}
+    organs = {"organs": list(description.organs), "organ_classes": description.organ_classes}
+    config = build_config(model, organ_set=description.organ_set, text_config=text_config, **organs)
+    with torch.device("meta"):
+        return FVLMModel(config)
+
+
 
     Raises:
         SettingsError: If such a text encoder has no such dropout.

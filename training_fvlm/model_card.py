@@ -68,6 +68,7 @@ def render_card(
                 ("rows", ", ".join(f"{count:,} {split}" for split, count in run["data_rows"].items())),
                 ("captions", "SHUFFLED between patients: a control" if run["data"]["shuffle_captions"] else "own"),
                 ("flips", _flips(run["data"])),
+                *_adapting(run.get("adapting"), training, run["num_parameters"]),
                 ("steps", f"{run['steps']:,} of {run['group_size']} patients"),
                 ("optimizer", f"{training['optim']}, learning rate {training['learning_rate']:g}, "
                               f"weight decay {training['weight_decay']:g}{_decayed(training)}, {_schedule(training)}"),
@@ -254,6 +255,25 @@ def _organs(organs: dict[str, Any] | None) -> list[tuple[str, str]]:
         rows.append(("new organs, and what they started from", "; ".join(new)))
     if organs["dropped"]:
         rows.append(("organs it knew and lost", ", ".join(organs["dropped"])))
+    return rows
+
+
+def _adapting(adapting: dict[str, Any] | None, training: dict[str, Any], num_parameters: int) -> list[tuple[str, str]]:
+    """Rows on what was trained, where that is not everything alike."""
+    rows = []
+    if adapting is not None:
+        count = adapting["trained_parameters"]
+        parts = ", ".join(f"{part} {trained:,}" for part, trained in adapting["by_part"].items() if trained)
+        rows.append(("trained", f"{count:,} parameters, {100 * count / num_parameters:.2f} %: {parts}"))
+        if (lora := adapting["lora"]) is not None:
+            towers = f"{lora['targets']} layers of {' and '.join(lora['towers'])}"
+            sizes = f"rank {lora['rank']}, alpha {lora['alpha']}, dropout {lora['dropout']:g}"
+            rows.append(("LoRA", f"{towers}, {sizes}; merged into these weights, and by itself in `adapter/`"))
+    if (decay := training.get("layer_lr_decay", 1)) != 1:
+        rows.append(("learning rate of a block", f"{decay:g} of that of the block above it"))
+    for tower in ("vision", "text"):
+        if (scale := training.get(f"{tower}_lr_scale", 1)) != 1:
+            rows.append((f"learning rate of the {tower} tower", f"{scale:g} of the others'"))
     return rows
 
 

@@ -124,14 +124,10 @@ def read_text_encoder(name: str, revision: str | None = None) -> PretrainedText:
     """
     where = f"text encoder {name}"
     try:
-        fields, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-        if not fields:
-            raise SettingsError(f"{where} cannot be loaded: there is no config.json.")
-        if fields.get("model_type") in CONFIG_MAPPING:
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        config, is_known = _read_config(name, revision, where)
+        if is_known:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         else:
-            config = _bert_config(fields, where)
             tokenizer = BertTokenizerFast.from_pretrained(name, revision=revision)
         model_class = AutoModel._model_mapping[type(config)]
         has_pooler = "add_pooling_layer" in inspect.signature(model_class).parameters
@@ -145,12 +141,8 @@ def read_text_encoder(name: str, revision: str | None = None) -> PretrainedText:
         )
     except SettingsError:
         raise
-    # Strict dataclasses, tokenizers and safetensors raise errors of their own.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "its weights are a damaged file, or a pickle that would run code"
-        raise SettingsError(f"{where} cannot be loaded: {reason}") from error
+        raise _not_loaded(where, error) from error
 
     if missing := sorted(loading["missing_keys"]):
         raise SettingsError(
@@ -193,6 +185,39 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, where: str, num_rows: i
             f"{where}: its tokenizer has {num_tokens} tokens, its word embeddings {num_rows} rows. Put the tokenizer "
             "of these weights there."
         )
+
+
+def read_text_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """The config of what `read_text_encoder` loads.
+
+    Raises:
+        SettingsError: If there is none, or it is not that of a text encoder.
+    """
+    where = f"text encoder {name}"
+    try:
+        return _read_config(name, revision, where)[0]
+    except SettingsError:
+        raise
+    except Exception as error:
+        raise _not_loaded(where, error) from error
+
+
+def _read_config(name: str, revision: str | None, where: str) -> tuple[PreTrainedConfig, bool]:
+    """A text encoder's config, and whether transformers knows its model type; as a BERT's if not."""
+    fields, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    if not fields:
+        raise SettingsError(f"{where} cannot be loaded: there is no config.json.")
+    if fields.get("model_type") in CONFIG_MAPPING:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False), True
+    return _bert_config(fields, where), False
+
+
+def _not_loaded(where: str, error: Exception) -> SettingsError:
+    """The message for an error of any kind: strict dataclasses, tokenizers and safetensors raise their own."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    if isinstance(error, pickle.UnpicklingError):
+        reason = "its weights are a damaged file, or a pickle that would run code"
+    return SettingsError(f"{where} cannot be loaded: {reason}")
 
 
 def _bert_config(fields: dict[str, Any], where: str) -> BertConfig:

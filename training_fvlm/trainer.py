@@ -25,7 +25,8 @@ from transformers.trainer_utils import speed_metrics
 
 from modeling_fvlm.loss import OrganLoss, organ_contrastive_loss
 
-from .arguments import FVLMTrainingArguments
+from .adapt import adapt_model, has_adapter, load_adapter, parameter_groups, save_adapter
+from .arguments import FVLMTrainingArguments, SettingsError
 from .collator import FVLMCollator
 from .contrast_batches import ContrastBatches, num_held_chunks
 from .data import EpochSampler, SplitRows
@@ -51,6 +52,7 @@ class FVLMTrainer(DurableTrainer):
         processor: Saved beside the weights of every checkpoint.
         zero_shot: Called with the model after each evaluation on the main process; returns numbers to log.
         write_card: Called to write README.md into the output folder.
+        base: What the model may be called that --lora adapts.
         callbacks: As for `Trainer`.
     """
 
@@ -69,8 +71,10 @@ class FVLMTrainer(DurableTrainer):
         processor: ProcessorMixin | None = None,
         zero_shot: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         write_card: Callable[[], None] | None = None,
+        base: str = "",
         callbacks: list[TrainerCallback] | None = None,
     ):
+        self.adaptation = adapt_model(model, args, base)
         self.eval_collator = eval_collator
         self.zero_shot = zero_shot
         self.write_card = write_card
@@ -278,6 +282,28 @@ class FVLMTrainer(DurableTrainer):
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not any(part in name for part in NO_DECAY_NAMES)]
 
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with groups of their own for learning rates of their own."""
+        of_model = self.model if model is None else model
+        groups = None
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            groups = parameter_groups(of_model, self.args, self.get_decay_parameter_names(of_model))
+        if groups is None:
+            return super().create_optimizer(model)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, of_model)
+        # Others are made from the model.
+        takes_groups = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
+        if not takes_groups or {"params", "model", "optimizer_dict"} & set(options):
+            raise SettingsError(
+                f"--optim {self.args.optim} groups parameters by itself: leave out --layer_lr_decay, --vision_lr_scale "
+                "and --text_lr_scale, or choose another."
+            )
+        self.optimizer_cls_and_kwargs = optimizer_class, options | {"params": groups}
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = None
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """The Trainer's schedule, or the published one."""
         if self.args.lr_schedule == "trainer":
@@ -426,11 +452,33 @@ class FVLMTrainer(DurableTrainer):
     # Saving
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if has_adapter(model):  # the base lies where it was taken from
+            if self.args.should_save:
+                folder = output_dir or self.args.output_dir
+                save_adapter(model, self.adaptation, folder, state_dict)
+                model.config.save_pretrained(folder)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
+            return
         super()._save(output_dir, state_dict)
         # A pickle of the arguments that nothing reads back: run.json says the same in plain text.
         pickled = os.path.join(output_dir or self.args.output_dir, "training_args.bin")
         if self.args.should_save and os.path.isfile(pickled):
             os.remove(pickled)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        of_run = self.accelerator.unwrap_model(self.model)
+        if has_adapter(of_run) and not self.is_fsdp_enabled:
+            load_adapter(of_run, self.adaptation, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if has_adapter(self.accelerator.unwrap_model(self.model)):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def create_model_card(self, **kwargs: Any) -> None:
         """Write our own card in place of the Trainer's draft (the Trainer calls this before every push)."""
