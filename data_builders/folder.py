@@ -34,15 +34,18 @@ Columns of the table (--table, or the CSV of reports itself); only `id` or `volu
     numbering     how the mask's labels are numbered, where this differs from case to case; default: --numbering.
                   A .yaml file lies in the folder of the table
     findings, impression    the report
+    rescale_slope, rescale_intercept    what turns the volume's values into HU, where its file says nothing or the
+                  wrong thing; both or neither, and not for DICOM. Subject to --rescale
     report        id of the report in --reports, or of the scan in the files of captions; default: the id or scan_id
     caption:lung, abnormal:lung    ready caption of an organ, and 1 or 0 (default: judged from the caption's words)
     label:Pleural effusion         1, 0, -1 unknown, for evaluation
-CSV: UTF-8, separated by commas, semicolons or tabs.
+Ids may be file names, with their ending. CSV: UTF-8, separated by commas, semicolons or tabs.
 JSON: a list of {"id", "findings", "impression"}, or {id: {...}}; with "organs": {organ: {"findings": [sentences],
 "impression": [sentences], "abnormal": true or false}} the captions are taken from there.
 """
 
 import argparse
+import math
 import os
 import random
 import re
@@ -61,7 +64,17 @@ from modeling_fvlm.reading import BadVolumeError, read_affine
 from . import segment
 from .build import Settings, add_build_arguments, build, settings_from_args
 from .cases import SPLITS, Case, Row, nearest, read_label, resolve_inside, sort_cases
-from .folder_files import STRUCTURES, Archive, find_mask, find_volume, hint, is_zip, list_archive, stem_of
+from .folder_files import (
+    STRUCTURES,
+    Archive,
+    find_mask,
+    find_volume,
+    hint,
+    is_zip,
+    list_archive,
+    stem_of,
+    without_ending,
+)
 from .folder_reports import (
     Report,
     captions_of_row,
@@ -317,7 +330,7 @@ def read_case(row, args, settings, texts, volumes, masks, validation, table_path
         raise ValueError(f"{table_path.name}, line {row.line}: the row has neither id nor volume.")
     split = SPLIT_NAMES.get(row["split"].lower()) if "split" in row else None
     if "split" in row and split is None:
-        raise ValueError(f"{table_path.name}, {name}: split {row['split']!r} is none of {list(SPLITS)}.")
+        raise ValueError(f"{table_path.name}, line {row.line}: split {row['split']!r} is none of {list(SPLITS)}.")
     volume = find_volume(row.get("volume"), name, volumes)
     mask = find_mask(row.get("mask"), name, masks, volume.place)
     numbering = numbering_key(row.get("numbering") or args.numbering, args.numbering)
@@ -330,9 +343,15 @@ def read_case(row, args, settings, texts, volumes, masks, validation, table_path
     if row.get("series") and volume.place is not None:
         series_uid, no_series = find_series_uid(row["series"], volume.place)
 
+    rescale = read_rescale(row, table_path)
+    if rescale is not None and volume.place is not None and (volume.place.is_dir() or is_zip(volume.place)):
+        no_series = no_series or (
+            f"rescale_slope and rescale_intercept are given, but the volume {volume.place.name!r} is DICOM, whose "
+            "files have their own; leave them empty"
+        )
     report, no_report = find_report(row, name, settings, texts, table_path)
     labels = tuple(
-        (column.removeprefix("label:"), read_label(cell, f"{table_path.name}, {name}"))
+        (column.removeprefix("label:"), read_label(cell, f"{table_path.name}, line {row.line}, column {column!r}"))
         for column, cell in row.items()
         if column.startswith("label:")
     )
@@ -349,8 +368,32 @@ def read_case(row, args, settings, texts, volumes, masks, validation, table_path
         organ_texts=report.organ_texts,
         labels=labels,
         skip_reason=volume.reason or mask.reason or no_series or no_report,
+        rescale=rescale,
         series_uid=series_uid,
     )
+
+
+def read_rescale(row: Row, table_path: Path) -> tuple[float, float] | None:
+    """Slope and intercept out of the columns rescale_slope and rescale_intercept, or None where both are empty.
+
+    Raises:
+        ValueError: If one of them is empty or no finite number, or the slope is 0.
+    """
+    cells = {name: row.get(name, "") for name in ("rescale_slope", "rescale_intercept")}
+    if not any(cells.values()):
+        return None
+    values = []
+    for name, cell in cells.items():
+        try:
+            values.append(float(cell))
+        except ValueError:
+            values.append(math.nan)
+        if not math.isfinite(values[-1]) or (name == "rescale_slope" and values[-1] == 0):
+            raise ValueError(
+                f"{table_path.name}, line {row.line}: {name} is {cell!r}; write a number"
+                f"{' other than 0' if name == 'rescale_slope' else ''}, such as 1 and -1024, or leave both empty."
+            )
+    return values[0], values[1]
 
 
 def find_series_uid(cell: str, place: Path) -> tuple[str | None, str | None]:
@@ -380,7 +423,8 @@ def listed(present: Sequence[DicomSeries]) -> str:
 def find_report(row: Row, name: str, settings: Settings, texts: Texts, table_path: Path) -> tuple[Report, str | None]:
     """What is said of the scan of a row, and the reason if that is nothing."""
     report = Report(row.get("findings", ""), row.get("impression", ""), captions_of_row(row, table_path, settings))
-    wanted = [row["report"]] if row.get("report") else [key for key in (name, row.get("scan_id")) if key]
+    names = [row["report"]] if row.get("report") else [row.get("id"), name, row.get("scan_id")]
+    wanted = list(dict.fromkeys(without_ending(key) for key in names if key))
     has_own = bool(report.findings or report.impression or report.organ_texts)
     no_report = None
     if texts.reports is not None and not has_own:

@@ -153,10 +153,15 @@ def list_archive(root: Path, without: Collection[Path] = ()) -> Archive:
 
 def stem_of(path: Path) -> str:
     """File name without the ending of a volume, mask or zip."""
+    return without_ending(path.name)
+
+
+def without_ending(name: str) -> str:
+    """A name without the ending of a volume, mask or zip: tables and reports often have the file's name as the id."""
     for ending in (*IMAGE_ENDINGS, ZIP_ENDING):
-        if path.name.lower().endswith(ending):
-            return path.name[: -len(ending)]
-    return path.name
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return name
 
 
 def is_zip(path: Path) -> bool:

@@ -14,26 +14,29 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from modeling_fvlm.captions import compose_caption, is_abnormal_caption, normal_caption
 
 from .build import Settings
 from .cases import OrganText, Row, check_columns, nearest, read_cells
 from .decompose import is_abnormal_sentence, split_sentences
+from .folder_files import without_ending
 from .summary import console
 
 OWN_COLUMNS = (
     *("id", "volume", "mask", "series", "patient_id", "scan_id", "split", "numbering", "findings", "impression"),
-    "report",
+    *("rescale_slope", "rescale_intercept", "report"),
 )
 PREFIXES = ("caption:", "abnormal:", "label:")
 TRUE_FALSE = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 WORKBOOK_ENDINGS = (".xlsx", ".xlsm", ".xls", ".ods")
 WORKBOOK_BEGINNINGS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
+Entry = TypeVar("Entry")
 WHOLE_TEXTS = ("Findings", "Conclusion")  # keys beside the organs in the files of the published release
 
 
@@ -144,14 +147,27 @@ def read_json(path: Path) -> dict[str, dict]:
     content = load_json(path, "--reports")
     if isinstance(content, dict):
         content = [{"id": name, **entry} if isinstance(entry, dict) else entry for name, entry in content.items()]
-    entries = {}
+    entries = []
     for place, entry in enumerate(content if isinstance(content, list) else [content]):
         if not isinstance(entry, dict) or "id" not in entry:
             raise ValueError(f'{path.name}: entry {place} is not of the form {{"id", "findings", "impression"}}.')
-        if str(entry["id"]) in entries:
-            raise ValueError(f"{path.name}: the id {str(entry['id'])!r} comes twice.")
-        entries[str(entry["id"])] = entry
-    return entries
+        entries.append((str(entry["id"]), entry))
+    return by_id(entries, path)
+
+
+def by_id(entries: Iterable[tuple[str, Entry]], path: Path) -> dict[str, Entry]:
+    """Entries by their id without the ending of a file, as the ids of the table are.
+
+    Raises:
+        ValueError: If an id comes twice.
+    """
+    found: dict[str, Entry] = {}
+    for name, entry in entries:
+        short = without_ending(name)
+        if short in found:
+            raise ValueError(f"{path.name}: the id {short!r} comes twice.")
+        found[short] = entry
+    return found
 
 
 def read_reports(path: Path, settings: Settings) -> dict[str, Report]:
@@ -162,10 +178,11 @@ def read_reports(path: Path, settings: Settings) -> dict[str, Report]:
         check_texts(columns, path, "rename them in that file (--columns is for the table)")
         check_caption_columns(columns, path, settings)
         for row in rows:
-            if row["id"] in reports:
-                raise ValueError(f"{path.name}, line {row.line}: the id {row['id']!r} comes twice.")
+            name = without_ending(row["id"])
+            if name in reports:
+                raise ValueError(f"{path.name}, line {row.line}: the id {name!r} comes twice.")
             texts = captions_of_row(row, path, settings)
-            reports[row["id"]] = Report(row.get("findings", ""), row.get("impression", ""), texts)
+            reports[name] = Report(row.get("findings", ""), row.get("impression", ""), texts)
         return reports
     for name, entry in read_json(path).items():
         texts = None
@@ -243,7 +260,7 @@ def captions_of_row(row: Row, path: Path, settings: Settings) -> dict[str, Organ
         if caption:
             cell = row.get(f"abnormal:{organ}", "").lower()
             if cell and cell not in TRUE_FALSE:
-                raise ValueError(f"{path.name}, {row.get('id')}: abnormal:{organ} is {cell!r}; write 1 or 0.")
+                raise ValueError(f"{path.name}, line {row.line}: abnormal:{organ} is {cell!r}; write 1 or 0.")
             texts[organ] = organ_text((), (caption,), TRUE_FALSE.get(cell), settings)
     return texts
 
@@ -326,10 +343,10 @@ def read_by_organ(path: Path, option: str) -> dict[str, dict[str, str]]:
             if not isinstance(text, str | None):
                 kind = type(text).__name__
                 raise ValueError(f"{path.name}, {scan}: what is said of {organ!r} is no text, but a {kind}.")
-    return {
-        scan: {organ: text for organ, text in by_organ.items() if text is not None}
-        for scan, by_organ in content.items()
-    }
+    return by_id(
+        ((scan, {organ: text for organ, text in said.items() if text is not None}) for scan, said in content.items()),
+        path,
+    )
 
 
 def published_text(organ: str, impression: str | None, findings: str | None) -> OrganText:

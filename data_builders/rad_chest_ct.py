@@ -169,21 +169,24 @@ def read_label_table(path: Path, label_map: LabelMap) -> dict[str, tuple[tuple[s
                 place = f"{path.name}, line {reader.line_num}"
                 if len(row) != len(columns):
                     raise ValueError(f"{place}: {len(row)} cells under {len(columns)} columns; fetch the file again.")
-                name = row[0].strip()
-                if not PLAIN_ID.fullmatch(name):
-                    raise ValueError(f"{place}: {ID} {name!r} is no plain name, so no file can be named after it.")
-                if name in labels:
-                    raise ValueError(f"{place}: the {ID} {name!r} comes twice.")
-                values = {
-                    abnormality: max(read_label(cell, place) for cell in {row[column].strip() for column in indices})
-                    for abnormality, indices in places.items()
-                }
+                scan = row[0].strip()
+                if not PLAIN_ID.fullmatch(scan):
+                    raise ValueError(f"{place}: {ID} {scan!r} is no plain name, so no file can be named after it.")
+                if scan in labels:
+                    raise ValueError(f"{place}: the {ID} {scan!r} comes twice.")
+                values = {name: highest_label(row, indices, columns, place) for name, indices in places.items()}
                 for finding, members in label_map.findings.items():
                     values[finding] = max(values[member] for member in members)
-                labels[name] = tuple(values.items())
+                labels[scan] = tuple(values.items())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 ({error}); save it as UTF-8.") from None
     return labels
+
+
+def highest_label(row: Sequence[str], indices: Sequence[int], columns: Sequence[str], place: str) -> int:
+    """The highest label of a row in some of its columns; each different cell is read once."""
+    column_of = {row[index].strip(): columns[index] for index in indices}
+    return max(read_label(cell, f"{place}, column {column!r}") for cell, column in column_of.items())
 
 
 def places_of_abnormalities(path: Path, columns: Sequence[str], label_map: LabelMap) -> dict[str, list[int]]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -181,6 +182,61 @@ def test_one_text_in_the_json_is_one_sentence(source, tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"p_2": said}))
     assert build(tmp_path / "out", *source, "--reports", tmp_path / "r.json") == 0
     assert captions_of(rows_of(tmp_path / "out")["p_2"])["liver"] == ("The liver is enlarged.", True, True)
+
+
+def test_ids_may_be_names_of_files_wherever_they_stand(source, tmp_path):
+    """In a table, a CSV of reports, JSONs of reports and of captions: with or without the ending."""
+    said = {"p_2.nii.gz": {"lung": "Clear.", "Findings": "Clear lungs."}, "sub/p_3.nii": {"lung": "Nodule."}}
+    (tmp_path / "desc.json").write_text(json.dumps(said))
+    (tmp_path / "conc.json").write_text(json.dumps({"p_2": {"lung": "Clear."}, "p_3": {"lung": "Nodule."}}))
+    (tmp_path / "all.json").write_text(json.dumps({"p_2.nii.gz": {"lung": "Wide."}}))
+    (tmp_path / "r.json").write_text(json.dumps([{"id": "p_2.nii.gz", "findings": "Clear."}]))
+    write_csv(tmp_path / "r.csv", [{"id": "p_2.nii.gz", "findings": "Clear."}])
+    both = ["--desc_info", tmp_path / "desc.json", "--conc_info", tmp_path / "conc.json"]
+    alone = (["--all_info", tmp_path / "all.json"], ["--reports", tmp_path / "r.json"])
+    for name in ("p_2", "p_2.nii.gz"):
+        table = write_csv(tmp_path / f"{name}.csv", [{"id": name}])
+        for number, options in enumerate((both, *alone, ["--reports", tmp_path / "r.csv"])):
+            out = tmp_path / f"{name}_{number}"
+            assert build(out, *source, "--table", table, *options) == 0
+            assert list(rows_of(out)) == ["p_2"], options
+    # Without a table, the JSON's own ids are the cases'; a place before the name is the volume's.
+    for number, options in enumerate(alone):
+        assert build(tmp_path / f"alone_{number}", *source, *options) == 0
+        assert list(rows_of(tmp_path / f"alone_{number}")) == ["p_2"]
+    table = write_csv(tmp_path / "table.csv", [{"id": "p_1", "report": "p_2.nii.gz"}, {"id": "sub/p_3.nii"}])
+    assert build(tmp_path / "out", *source, "--table", table, *both, "--validation_fraction", 0) == 0
+    assert list(rows_of(tmp_path / "out")) == ["p_1", "p_3"]
+
+
+def test_an_id_with_and_without_its_ending_comes_twice(source, tmp_path, capsys):
+    (tmp_path / "r.json").write_text(json.dumps({"p_1": {"findings": "A."}, "p_1.nii.gz": {"findings": "B."}}))
+    assert build(tmp_path / "out", *source, "--reports", tmp_path / "r.json") == 2
+    assert "r.json: the id 'p_1' comes twice" in capsys.readouterr().err
+
+
+def test_a_rescale_out_of_the_table(scans, source, tmp_path):
+    """What a message asks for can be given, and gives the scan as it is."""
+    for seed, (name, shift) in enumerate((("raw", 1024), ("twice", -1024))):
+        save_nifti(arrays(seed)[0] + np.int16(shift), tmp_path / "ct" / f"{name}.nii.gz")
+        save_nifti(arrays(seed)[1], tmp_path / "seg" / f"{name}.nii.gz")
+    folders = ["--volumes", tmp_path / "ct", "--masks", tmp_path / "seg", *GRID, "--validation_fraction", 0]
+    rows = [{"id": name, **REPORT_CELLS} for name in ("raw", "twice")]
+    assert build(tmp_path / "bad", *folders, "--reports", write_csv(tmp_path / "r.csv", rows)) == 1
+    manifest = json.loads((tmp_path / "bad" / "manifest.json").read_text())
+    columns = {}
+    for entry in manifest["skipped"]:
+        told = re.search(r"Give rescale_slope (\S+) and rescale_intercept (\S+) \(columns", entry["reason"])
+        columns[entry["case"]] = {"rescale_slope": told[1], "rescale_intercept": told[2]}
+    assert columns == {
+        "raw": {"rescale_slope": "1", "rescale_intercept": "-1024"},
+        "twice": {"rescale_slope": "1", "rescale_intercept": "1024"},
+    }
+    table = write_csv(tmp_path / "mended.csv", [row | columns[row["id"]] for row in rows])
+    assert build(tmp_path / "out", *folders, "--reports", table) == 0
+    for seed, name in enumerate(columns):
+        volume, _ = decode_volume(rows_of(tmp_path / "out")[name])
+        assert np.array_equal(volume, arrays(seed)[0][1:19, 3:23, 2:30]), name
 
 
 def test_a_numbering_of_the_users_own(scans, source, tmp_path):

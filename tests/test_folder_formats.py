@@ -172,6 +172,16 @@ def test_mixed_series_are_skipped_with_the_choices(two_series, tmp_path, series,
     assert told in skipped(tmp_path / "out")["two"]
 
 
+def test_a_rescale_for_dicom_is_refused(every_format, tmp_path):
+    root, _ = every_format
+    rescale = {"rescale_slope": "1", "rescale_intercept": "-1024"}
+    table = table_of(tmp_path / "r.csv", ["dicom", "zipped", "nrrd"], dicom=rescale, zipped=rescale, nrrd={})
+    assert build(tmp_path / "out", "--volumes", root / "ct", "--masks", root / "seg", "--reports", table) == 0
+    assert list(rows_of(tmp_path / "out")) == ["nrrd"]
+    assert all("is DICOM, whose files have their own; leave them empty" in skipped(tmp_path / "out")[name]
+               for name in ("dicom", "zipped"))  # fmt: skip
+
+
 def test_a_series_of_a_nifti_file(every_format, tmp_path):
     root, _ = every_format
     table = table_of(tmp_path / "r.csv", ["nifti"], nifti={"series": "3"})

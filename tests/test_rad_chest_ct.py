@@ -349,7 +349,7 @@ TRAIN_TABLE = "imgtrain_Abnormality_and_Location_Labels.csv"
         (TRAIN_TABLE, "trn00002", "trn00001", "line 3: the NoteAcc_DEID 'trn00001' comes twice"),
         (TRAIN_TABLE, "trn00002", "../trn00002", "NoteAcc_DEID '../trn00002' is no plain name"),
         (TRAIN_TABLE, "trn00002", "val00001", "'val00001' stands in another set, too"),
-        (TRAIN_TABLE, "trn00002,0", "trn00002,maybe", "line 3: label 'maybe' is none of 1, 0, -1"),
+        (TRAIN_TABLE, "trn00002,0", "trn00002,maybe", "line 3, column 'air_trapping*lung': label 'maybe' is none of"),
         (TRAIN_TABLE, "trn00002,0", "trn00002", "336 cells under 337 columns"),
         ("Summary_3630.csv", "MRN_DEID", "MRN", "Summary_3630.csv has no column 'MRN_DEID'"),
         ("Summary_3630.csv", "7002", "7001", "patient '7001' stands in"),
