@@ -92,9 +92,9 @@ def card_text(manifest: dict) -> str:
         f"{' and '.join(f'`{config}`' for config in configs)}. For research only, not for diagnosis.",
         "",
         *_table(
-            ["split", "rows", "scans", "patients", "skipped"],
+            ["split", "rows", "scans", "patients", "skipped", "left out on purpose"],
             [
-                [name, content["rows"], content["scans"], content["patients"], content["cases"] - content["rows"]]
+                [name, *(content[kind] for kind in ("rows", "scans", "patients")), *without_row(content)]
                 for name, content in splits.items()
             ],
         ),
@@ -108,8 +108,7 @@ def card_text(manifest: dict) -> str:
             if settings["options"].get("splits_by") == "id"
             else ["Splits are by patient."]
         ),
-        "Every skipped case stands in `manifest.json` with its reason; look at `previews/`",
-        "before use.",
+        "Every case without a row stands in `manifest.json` with its reason; look at `previews/` before use.",
         "",
         "## Geometry and values",
         "",
@@ -164,6 +163,12 @@ def card_text(manifest: dict) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def without_row(content: dict) -> tuple[int, int]:
+    """How many cases of a split were skipped, and how many left out on purpose."""
+    excluded = content.get("excluded", 0)  # splits from before the two were told apart have none
+    return content["cases"] - content["rows"] - excluded, excluded
 
 
 def decoder(config: str, split: str) -> str:

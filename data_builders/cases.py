@@ -38,8 +38,8 @@ class Case:
     """One reconstruction: where its files are and what is said of it.
 
     `organ_texts` is given where the source brings the captions by organ; otherwise the report is decomposed. A case
-    that cannot be built, as is known before its volume is opened, carries the reason in `skip_reason`; if the release
-    itself leaves it out, `is_excluded` says that nothing is wrong with it.
+    that cannot be built, as is known before its volume is opened, carries the reason in `skip_reason`; if it is left
+    out on purpose, by the release or by choice, `is_excluded` says that nothing is wrong with it.
 
     Attributes:
         volume: A file, or the folder or archive of a DICOM series.
@@ -138,6 +138,11 @@ def names_and_sizes(file: Path | RemoteFile) -> list[list]:
         for folder, _, names in os.walk(file)
         for name in names
     )
+
+
+def counted(count: int, what: str, plural: str | None = None) -> str:
+    """`1 patient`, `2 patients`; with a plural of its own `1 case is`, `2 cases are`."""
+    return f"{count:,} {what if count == 1 else plural or what + 's'}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

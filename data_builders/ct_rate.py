@@ -15,7 +15,8 @@ The source holds `dataset/` as on the Hub (or is that folder itself):
     multi_abnormality_labels/{train,valid}_predicted_labels.csv            labels (may be absent)
     metadata/no_chest_{train,valid}.txt                                    volumes that show no chest (may be absent)
     metadata/{train,validation}_metadata.csv                               for --volumes original, and for "best"
-A volume or mask that is missing, and a volume that shows no chest, is skipped, counted and listed in the manifest.
+A volume or mask that is missing is skipped, counted and listed in the manifest. What is left out on purpose (a volume
+that shows no chest, a reconstruction that was not chosen) is listed there as well, and marked `is_excluded`.
 Licence of the source: CC BY-NC-SA 4.0, and its gate forbids handing it on; that holds for what is built from it.
 
 --volumes original: the headers of these files are blank and their values are no HU yet. Both come from the metadata.
@@ -153,7 +154,8 @@ def read_labels(source: Source, name: str) -> dict[str, tuple[tuple[str, int], .
     file_name = PurePosixPath(name).name
     return {
         row["VolumeName"]: tuple(
-            (finding, read_label(row[finding], f"{file_name}, {row['VolumeName']}")) for finding in findings
+            (finding, read_label(row[finding], f"{file_name}, line {row.line}, column {finding!r}"))
+            for finding in findings
         )
         for row in rows
     }
@@ -363,14 +365,23 @@ def declared_header(metadata: Mapping[str, Mapping[str, str] | None], name: str)
 
 
 def first_reconstructions(cases: list[Case]) -> list[Case]:
-    """Of each scan the first reconstruction that can be built, and those before it that cannot, with their reasons."""
-    chosen, served = [], set()
+    """Of each scan the first reconstruction that can be built; those before it keep their reasons, the others after it
+    are left out.
+    """
+    chosen, served = [], {}
     for case in sorted(cases, key=lambda case: natural_key(case.recon_id)):
-        if case.scan_id not in served:
-            chosen.append(case)
-            if case.skip_reason is None:
-                served.add(case.scan_id)
+        if case.scan_id in served:
+            reason = f"another reconstruction of this scan, {served[case.scan_id]!r}, comes first"
+            case = left_out(case, reason)
+        elif case.skip_reason is None:
+            served[case.scan_id] = case.recon_id
+        chosen.append(case)
     return chosen
+
+
+def left_out(case: Case, reason: str) -> Case:
+    """A case that is not built because another one was chosen; its files are not looked at."""
+    return replace(case, skip_reason=reason, is_excluded=True, volume=None, mask=None)
 
 
 # The best reconstruction
@@ -460,7 +471,7 @@ def best_reconstructions(
         for case in members:
             if case.skip_reason is None and case is not best:
                 reason = why_better(best.recon_id, judged[best.recon_id], judged[case.recon_id])
-                case = replace(case, skip_reason=reason, is_excluded=True)
+                case = left_out(case, reason)
             chosen.append(case)
     if without_metadata:
         logger.warning(

@@ -183,7 +183,7 @@ def remove_unfinished(folder: Path) -> None:
 
 def plan_of(cases: Sequence[Case], concerns: dict[str, int]) -> dict:
     """What is known of the cases before their files are opened, without their files."""
-    names = ("split", "patient_id", "scan_id", "recon_id", "skip_reason", "duplicate_of")
+    names = ("split", "patient_id", "scan_id", "recon_id", "skip_reason", "is_excluded", "duplicate_of")
     return {"cases": [{name: getattr(case, name) for name in names} for case in cases], "concerns": concerns}
 
 

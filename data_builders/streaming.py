@@ -190,7 +190,8 @@ class CTRateBuilder(datasets.GeneratorBasedBuilder):
             members = [case for case in self.cases if case.split == split]
             if split not in self._told:
                 self._told.add(split)
-                for reason, count in Counter(case.skip_reason for case in members if case.skip_reason).items():
+                broken = [case.skip_reason for case in members if case.skip_reason and not case.is_excluded]
+                for reason, count in Counter(broken).items():
                     logger.warning(f"{split}: {count} of {len(members)} cases are left out: {reason}")
             shards: list[Case | None] = [case for case in members if case.skip_reason is None]
             if dl_manager.is_streaming:

@@ -21,7 +21,7 @@ console = Console()
 def make_manifest(
     cases: Sequence[Case], identity: dict, records: Sequence[ShardRecord], concerns: dict[str, int]
 ) -> dict:
-    """Everything a reader of the split may ask: settings, counts, every skipped case with its reason.
+    """Everything a reader of the split may ask: settings, counts, every case without a row with its reason.
 
     Args:
         cases: All of them; their files are not looked at.
@@ -31,7 +31,10 @@ def make_manifest(
     """
     settings = identity["settings"]
     skipped = [
-        {"split": case.split, "case": case.recon_id, "reason": case.skip_reason} for case in cases if case.skip_reason
+        {"split": case.split, "case": case.recon_id, "reason": case.skip_reason}
+        | ({"is_excluded": True} if case.is_excluded else {})
+        for case in cases
+        if case.skip_reason
     ]
     skipped += [entry for record in records for entry in record.skipped]
     left_out = {entry["case"] for entry in skipped}
@@ -45,6 +48,7 @@ def make_manifest(
                 organs[organ].update(counts)
         splits[split] = {
             "cases": len(members),
+            "excluded": sum(case.is_excluded for case in members),
             "rows": len(written),
             "scans": len({case.scan_id for case in written}),
             "patients": len({case.patient_id for case in written}),
@@ -87,6 +91,15 @@ def general_warnings(settings: dict) -> list[str]:
     return warnings
 
 
+def skipped_and_excluded(manifest: dict) -> tuple[list[dict], list[dict]]:
+    """Entries of `skipped` that something is wrong with, and those that were left out on purpose."""
+    entries = manifest.get("skipped", ())
+    return (
+        [entry for entry in entries if not entry.get("is_excluded")],
+        [entry for entry in entries if entry.get("is_excluded")],
+    )
+
+
 def kind_of(reason: str) -> str:
     """A skip reason without what differs from case to case: the file in front, names in quotes, numbers."""
     kind = re.sub(r"^\S+: ", "", reason)
@@ -102,6 +115,11 @@ def print_summary(manifest: dict) -> None:
         table.add_column(split, justify="right")
     for kind in ("cases", "rows", "scans", "patients"):
         table.add_row(kind, *(str(content[kind]) for content in splits.values()))
+    skipped, excluded = skipped_and_excluded(manifest)
+    for kind, entries in (("skipped", skipped), ("left out on purpose", excluded)):
+        counts = Counter(entry["split"] for entry in entries)
+        if counts:
+            table.add_row(kind, *(str(counts[split]) for split in splits))
     console.print(table)
 
     organs = Table(title="organs: in the mask / mentioned / abnormal")
@@ -113,15 +131,22 @@ def print_summary(manifest: dict) -> None:
         organs.add_row(organ, *(f"{c['present']} / {c['mentioned']} / {c['abnormal']}" for c in counts))
     console.print(organs)
 
-    if manifest["skipped"]:
-        kinds = Counter(kind_of(entry["reason"]) for entry in manifest["skipped"])
-        skipped = Table("cases", "skipped because", title=f"{len(manifest['skipped'])} skipped")
+    if excluded:
+        kinds = Counter(kind_of(entry["reason"]) for entry in excluded)
+        told = "; ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(4))
+        console.print(
+            f"  {len(excluded):,} left out on purpose ({told}): in manifest.json, key `skipped`, marked `is_excluded`",
+            markup=False,
+        )
+    if skipped:
+        kinds = Counter(kind_of(entry["reason"]) for entry in skipped)
+        reasons = Table("cases", "skipped because", title=f"{len(skipped)} skipped")
         for kind, count in kinds.most_common(12):
-            skipped.add_row(str(count), kind)
-        console.print(skipped)
-        for entry in manifest["skipped"][:8]:
+            reasons.add_row(str(count), kind)
+        console.print(reasons)
+        for entry in skipped[:8]:
             console.print(f"  skipped {entry['case']}: {entry['reason']}", style="yellow", markup=False)
-        if len(manifest["skipped"]) > 8:
+        if len(skipped) > 8:
             console.print("  ... all of them in manifest.json, key `skipped`", style="yellow", markup=False)
     duplicates = manifest.get("duplicates", ())  # splits from before there was such a key have none
     if duplicates:

@@ -31,8 +31,10 @@ def rows_of(out, split="train", columns=None) -> list[dict]:
     return [row for file in files for row in pq.read_table(file, columns=columns).to_pylist()]
 
 
-def skipped(out) -> dict[str, str]:
-    return {entry["case"]: entry["reason"] for entry in json.loads((out / "manifest.json").read_text())["skipped"]}
+def skipped(out, on_purpose: bool = False) -> dict[str, str]:
+    """Reason by case of what was not built: for a fault, or because it was left out on purpose."""
+    entries = json.loads((out / "manifest.json").read_text())["skipped"]
+    return {entry["case"]: entry["reason"] for entry in entries if entry.get("is_excluded", False) == on_purpose}
 
 
 @pytest.fixture
@@ -105,8 +107,8 @@ def test_what_is_missing_is_skipped_with_its_reason(release, tmp_path):
     assert skipped(tmp_path / "out") == {
         "train_1_b_1": "volume file is missing",
         "train_2_a_1": "mask file is missing",
-        "train_1_a_2": "shows no chest (listed in the release)",
     }
+    assert skipped(tmp_path / "out", on_purpose=True) == {"train_1_a_2": "shows no chest (listed in the release)"}
     assert [row["recon_id"] for row in rows_of(tmp_path / "out")] == ["train_1_a_1"]
 
 
@@ -115,6 +117,40 @@ def test_the_second_reconstruction_serves_where_the_first_is_missing(release, tm
     assert run(release, tmp_path / "out") == 0
     assert [row["recon_id"] for row in rows_of(tmp_path / "out")] == ["train_1_a_2", "train_1_b_1", "train_2_a_1"]
     assert skipped(tmp_path / "out") == {"train_1_a_1": "mask file is missing"}
+    assert skipped(tmp_path / "out", on_purpose=True) == {}
+
+
+def test_reconstructions_that_are_not_the_first_are_listed_and_are_no_fault(release, tmp_path, capsys):
+    """Each case without a row stands in the manifest; those left out on purpose do not hide what is broken."""
+    for name in ("train_1_a_2", "train_2_a_1"):  # one of them is not asked for, so it is no fault
+        place(release, name, "mask").unlink()
+    assert run(release, tmp_path / "out") == 0
+    assert skipped(tmp_path / "out") == {"train_2_a_1": "mask file is missing"}
+    assert skipped(tmp_path / "out", on_purpose=True) == {
+        "train_1_a_2": "another reconstruction of this scan, 'train_1_a_1', comes first"
+    }
+    counts = json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]["train"]
+    assert (counts["cases"], counts["rows"], counts["excluded"]) == (4, 2, 1)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 skipped" in printed and "skipped train_2_a_1: mask file is missing" in printed
+    assert "1 left out on purpose (1 another reconstruction of this scan, .., comes first)" in printed
+    assert "skipped train_1_a_2" not in printed
+    assert "| train | 2 | 2 | 1 | 1 | 1 |" in (tmp_path / "out" / "README.md").read_text()
+    place(release, "train_2_a_1", "mask").write_bytes(place(release, "train_1_a_1", "mask").read_bytes())
+    assert run(release, tmp_path / "again", "--strict") == 0, "--strict stops at what is broken alone"
+
+
+def test_what_was_left_out_on_purpose_is_still_so_after_a_merge(release, tmp_path):
+    assert run(release, tmp_path / "out", "--shard", "1/1") == 0
+    assert main(["merge", "--out", str(tmp_path / "out"), "--previews", "0"]) == 0
+    assert skipped(tmp_path / "out") == {} and list(skipped(tmp_path / "out", on_purpose=True)) == ["train_1_a_2"]
+
+
+def test_files_of_reconstructions_that_are_left_out_are_not_looked_at(release):
+    for choice in ("first", "best"):
+        cases = {case.recon_id: case for case in find_cases(Source(release), ["train"], choice)}
+        assert cases.keys() == {name for name in NAMES if "train" in name}, "no reconstruction goes without a word"
+        assert (cases["train_1_a_2"].volume, cases["train_1_a_2"].mask) == (None, None)
 
 
 def test_an_empty_report_is_skipped(release, tmp_path):
@@ -139,6 +175,7 @@ def test_labels_may_be_absent(release, tmp_path):
         ("radiology_text_reports/train_reports.csv", "train_2_a_1.nii", "../../x.nii", "not of the form train_1_a_1"),
         ("radiology_text_reports/train_reports.csv", "train_1_a_2", "train_1_a_1", "comes twice"),
         ("multi_abnormality_labels/train_predicted_labels.csv", ",1,", ",maybe,", "label 'maybe' is none of 1, 0, -1"),
+        ("multi_abnormality_labels/train_predicted_labels.csv", ",1,", ",9,", "labels.csv, line 2, column 'Lung nod"),
     ],
 )
 def test_broken_tables_are_told(release, tmp_path, capsys, file, old, new, told):
@@ -360,7 +397,8 @@ def test_the_others_stand_in_the_manifest_and_are_no_fault(tmp_path):
     write_csv(path, [{"VolumeName": f"{name}.nii.gz", **cells, "ConvolutionKernel": kernel} for name, kernel in rows])
     assert run(release, tmp_path / "out", "--splits", "train", "--reconstructions", "best", "--strict") == 0
     assert [row["recon_id"] for row in rows_of(tmp_path / "out", columns=["recon_id"])] == ["train_1_a_2"]
-    assert skipped(tmp_path / "out") == {
+    assert skipped(tmp_path / "out") == {}
+    assert skipped(tmp_path / "out", on_purpose=True) == {
         "train_1_a_1": "another reconstruction of this scan, 'train_1_a_2', is better (3 mm slices, soft kernel; here "
         "3 mm slices, sharp kernel)"
     }
