@@ -20,9 +20,10 @@ from modeling_fvlm.captions import normal_caption
 from modeling_fvlm.geometry import AXES
 from modeling_fvlm.organs import NUMBERINGS
 
-from .cases import SPLITS
+from .cases import SPLITS, counted
 from .doctor import Examination, text_hash
 from .run_cases import PLAUSIBLE_MEDIAN_HU
+from .summary import skipped_and_excluded
 
 LEVELS = ("loud", "warning", "note")
 TRAIN = SPLITS[0]
@@ -148,6 +149,8 @@ class Finding:
         effect: What it does to training.
         mend: What to do.
         seen: The figures it rests on, where the title does not hold them.
+        num_examples: How many examples there are in all, where they are not what is counted.
+        rows: Places in `exam.rows` of scans to look at; at most NUM_EXAMPLES.
     """
 
     key: str
@@ -160,6 +163,8 @@ class Finding:
     effect: str
     mend: str
     seen: str = ""
+    num_examples: int | None = None
+    rows: tuple[int, ...] = ()
 
     @property
     def how_many(self) -> str:
@@ -167,8 +172,10 @@ class Finding:
 
     @property
     def shown_examples(self) -> str:
-        more = self.count - len(self.examples)
-        return ", ".join(self.examples) + (f" and {more:,} more" if more > 0 and self.examples else "")
+        more = (self.count if self.num_examples is None else self.num_examples) - len(self.examples)
+        are_sentences = any(example.endswith(".") for example in self.examples)
+        text = ("; " if are_sentences else ", ").join(example.rstrip(".") for example in self.examples)
+        return text + (f" and {more:,} more" if more > 0 and self.examples else "")
 
 
 def find(exam: Examination) -> list[Finding]:
@@ -184,6 +191,16 @@ def level_of(share: float) -> str:
 def ids(exam: Examination, is_member: np.ndarray) -> tuple[str, ...]:
     """The first ids of the rows for which it is true."""
     return tuple(exam.recon_id[is_member][:NUM_EXAMPLES])
+
+
+def first_rows(is_member: np.ndarray) -> tuple[int, ...]:
+    """The places of the first rows for which it is true."""
+    return tuple(np.flatnonzero(is_member)[:NUM_EXAMPLES].tolist())
+
+
+def ml_text(value: float) -> str:
+    """A volume in ml, or another count, with three digits at least: `1,580`, `26.3`."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 # Rows and shards
@@ -333,6 +350,7 @@ def wrong_axes(exam: Examination) -> Iterator[Finding]:
             "Look at the pictures below (head up, the patient's left on the viewer's right). The affine of these files "
             "is wrong or was lost; correct it at the source, or give it to the builder, and build again."
             + (" One scan alone may be a situs inversus." if count == 1 else ""),
+            rows=first_rows(is_member),
         )
 
 
@@ -392,8 +410,9 @@ def wrong_hu(exam: Examination) -> Iterator[Finding]:
             "scans",
             tuple(examples),
             HU_EFFECT,
-            "Build these scans again with the right rescale: `--rescale` of the builder, or RescaleSlope and "
-            "RescaleIntercept of their source.",
+            "Build these scans again with the right rescale: `--rescale` of the builder, the columns rescale_slope and "
+            "rescale_intercept of the table of `folder`, or RescaleSlope and RescaleIntercept of their source.",
+            rows=first_rows(is_member),
         )
     if is_doubled.any():
         yield Finding(
@@ -406,6 +425,7 @@ def wrong_hu(exam: Examination) -> Iterator[Finding]:
             tuple(median_example(exam, row) for row in np.flatnonzero(is_doubled)[:NUM_EXAMPLES]),
             HU_EFFECT,
             "The slope was applied twice, or is wrong in the source; correct it and build again.",
+            rows=first_rows(is_doubled),
         )
     is_constant = np.array([row.hu_range[0] == row.hu_range[1] for row in exam.rows])
     if is_constant.any():
@@ -419,6 +439,7 @@ def wrong_hu(exam: Examination) -> Iterator[Finding]:
             ids(exam, is_constant),
             "There is no picture to learn from; the captions are contrasted with noise.",
             "The file is damaged or an intermediate of another tool; leave these scans out, or get them again.",
+            rows=first_rows(is_constant),
         )
 
 
@@ -478,6 +499,7 @@ def wrong_masks(exam: Examination) -> Iterator[Finding]:
             "A wrong spacing stretches the body: resampling, margins and crop size then mean something else.",
             "Look at the spacing of the source files (metres or centimetres instead of millimetres, a lost header). "
             "Small children are a reason too: then nothing is wrong.",
+            rows=first_rows(is_scaled),
         )
     is_bad, is_judged = implausible_organs(exam)
     num_bad, num_judged = is_bad.sum(axis=1), is_judged.sum(axis=1)
@@ -497,6 +519,7 @@ def wrong_masks(exam: Examination) -> Iterator[Finding]:
             "Give the numbering the masks were made with (`--numbering`, or the column `numbering`) and build again."
             + other_numbering(exam, worst),
             "; ".join(organ_example(exam, index, is_strange & is_bad[:, index]) for index in worst[:4]),
+            rows=first_rows(is_strange),
         )
     # What is left: one organ, or organs of few scans.
     _, _, hu_is_bad = hu_verdicts(exam)
@@ -516,6 +539,7 @@ def wrong_masks(exam: Examination) -> Iterator[Finding]:
             "The mask does not lie on its organ, so the model looks beside it; or the HU are no HU.",
             "Look whether mask and volume are of one scan and turned alike, and at the rescale of the source.",
             "; ".join(organ_example(exam, index, hu_is_bad[:, index]) for index in of_organs[:4]),
+            rows=first_rows(hu_is_bad.any(axis=1)),
         )
     low, high = (np.array([ADULT_VOLUME_ML.get(organ, (0, np.inf))[end] for organ in exam.organs]) for end in (0, 1))
     is_judged = exam.is_whole & ~is_scaled[:, None] & ~is_strange[:, None]
@@ -536,13 +560,14 @@ def wrong_masks(exam: Examination) -> Iterator[Finding]:
             tuple(organ_example(exam, index, is_off[:, index]) for index in of_organs[:NUM_EXAMPLES]),
             "The caption speaks of the organ, the mask shows something else, or a part.",
             "Compare the classes of the organ set with those of the segmentation; look at the pictures.",
+            rows=first_rows(is_off[:, of_organs].any(axis=1)),
         )
 
 
 def organ_example(exam: Examination, index: int, is_member: np.ndarray) -> str:
     """`esophagus: 812 ml, -851 HU` over the rows of `is_member`; volume where it is whole."""
     whole = is_member & exam.is_whole[:, index]
-    volume = f"{np.median(exam.volume_ml[whole, index]):.3g} ml, " if whole.any() else ""
+    volume = f"{ml_text(np.median(exam.volume_ml[whole, index]))} ml, " if whole.any() else ""
     return f"{exam.organs[index]}: {volume}{np.nanmedian(exam.median_hu[is_member, index]):.0f} HU"
 
 
@@ -585,7 +610,7 @@ def volume_outliers(exam: Examination) -> dict[str, list[tuple[str, float]]]:
 def strange_volumes(exam: Examination) -> Iterator[Finding]:
     outliers = volume_outliers(exam)
     if outliers:
-        listed = [f"{organ} of {name}: {ml:.3g} ml" for organ, found in outliers.items() for name, ml in found]
+        listed = [f"{organ} of {name}: {ml_text(ml)} ml" for organ, found in outliers.items() for name, ml in found]
         yield Finding(
             "volume_outliers",
             "note",
@@ -595,7 +620,7 @@ def strange_volumes(exam: Examination) -> Iterator[Finding]:
             "whole organs",
             tuple(listed[:NUM_EXAMPLES]),
             "Disease, or a segmentation that failed: then the caption speaks of what the mask does not show.",
-            "Look at these scans: `inspect` draws the first cases only, previews.draw_case any row.",
+            "Look at these scans: `data_builders.previews.draw_case` draws any row.",
         )
     names = exam.splits()
     if len(names) < 2:
@@ -614,7 +639,8 @@ def strange_volumes(exam: Examination) -> Iterator[Finding]:
             error = 1.2533 * spread * np.sqrt(sum(1 / len(values) for values in logs))  # of a difference of medians
             difference = medians[1] - medians[0]
             if abs(difference) > max(4 * error, np.log(1.3)):
-                drifted.append(f"{organ}: {np.exp(medians[0]):.3g} ml in {first}, {np.exp(medians[1]):.3g} in {other}")
+                told = [f"{ml_text(np.exp(median))} ml in {name}" for median, name in zip(medians, (first, other))]
+                drifted.append(f"{organ}: {', '.join(told)}")
     if drifted:
         yield Finding(
             "volume_drift",
@@ -757,7 +783,7 @@ def split_sizes(exam: Examination) -> Iterator[Finding]:
         yield Finding(
             "tiny_split",
             "loud" if patients < FEWEST_PATIENTS else "warning",
-            f"split {TRAIN!r} has {patients} patients",
+            f"split {TRAIN!r} has {counted(patients, 'patient')}",
             patients,
             FEW_PATIENTS,
             "patients that a contrast should have",
@@ -783,6 +809,7 @@ def wrong_spacing(exam: Examination) -> Iterator[Finding]:
             tuple(f"{exam.recon_id[i]} ({' x '.join(f'{edge:.3g}' for edge in exam.spacing[i])} mm)" for i in rows),
             "Organs of one size come in different sizes; a crop shows more or less of the body than the model is told.",
             "Rows of other builds were mixed in, or the scans have so few voxels that rounding changes the spacing.",
+            rows=first_rows(is_far),
         )
 
 
@@ -865,6 +892,7 @@ def duplicates(exam: Examination) -> Iterator[Finding]:
             tuple(" = ".join(exam.recon_id[i] for i in members[:3]) for members in shared[:NUM_EXAMPLES]),
             "Usual where everything is normal; else one report was given to scans it does not describe.",
             "Look at some; a template that stands for many reports teaches nothing.",
+            num_examples=len(shared),
         )
 
 
@@ -929,8 +957,10 @@ def texts(exam: Examination) -> Iterator[Finding]:
 
 
 def build_notes(exam: Examination) -> Iterator[Finding]:
-    skipped, warnings = exam.manifest.get("skipped", ()), exam.manifest.get("warnings", ())
-    cases = sum(content.get("cases", 0) for content in exam.manifest.get("splits", {}).values())
+    skipped, _ = skipped_and_excluded(exam.manifest)
+    warnings = exam.manifest.get("warnings", ())
+    splits = exam.manifest.get("splits", {}).values()
+    cases = sum(content.get("cases", 0) - content.get("excluded", 0) for content in splits)
     if skipped:
         yield Finding(
             "skipped_cases",
@@ -967,6 +997,7 @@ def build_notes(exam: Examination) -> Iterator[Finding]:
             tuple(f"{kind}: {count}" for kind, count in list(concerns.items())[:NUM_EXAMPLES]),
             "None; but whoever gets the split, or a page like this one, gets them.",
             "Look for them at the source and take them out; do not hand the split on before.",
+            num_examples=len(concerns),
         )
 
 

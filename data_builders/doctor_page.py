@@ -6,6 +6,7 @@ the file. It reads on paper and on a narrow screen. Every text comes out of the 
 
 import base64
 import io
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,16 +18,30 @@ from markupsafe import Markup, escape
 
 from modeling_fvlm.geometry import AXES
 
+from .cases import counted
 from .doctor import HISTOGRAM_EDGES, Examination
-from .doctor_findings import ADULT_VOLUME_ML, READINGS, Finding, best_readings, most_frequent_caption, volume_outliers
+from .doctor_findings import (
+    ADULT_VOLUME_ML,
+    FEWEST_FOR_STATISTICS,
+    OUTLIER_Z,
+    READINGS,
+    Finding,
+    best_readings,
+    ml_text,
+    most_frequent_caption,
+    volume_outliers,
+)
 from .shards import write_text
-from .summary import kind_of
+from .summary import kind_of, skipped_and_excluded
 
 LONGEST_LIST = 50  # rows of a table that could have thousands; manifest.json has them all
 PICTURE_WIDTH, PICTURE_BYTES = 1000, 400_000  # pixels and bytes of one picture, at most
 ALL_PICTURES_BYTES = 6_000_000
 MOST_OUTLIERS_DRAWN = 40
 INK, BAND, BAR = "#1b1b1b", "#d5dde6", "#1f5f9a"
+NUMBER = r"-?\d[\d,.]*%?"
+# Nothing, or numbers as the tables have them: `14 / 10`, `-1024 to -992`, `854 (709 to 985)`, `48.0% (of what)`.
+NUMBERS = re.compile(rf"({NUMBER}(( / | to ){NUMBER})*( \([^()]*\))?)?")
 
 
 @dataclass(frozen=True)
@@ -41,13 +56,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A preview inside the page. `source` is None where the pictures before it have used up the page's size."""
+    """A preview inside the page; `why` holds the findings that it is an example of.
+
+    `source` is None where the pictures before it have used up the page's size.
+    """
 
     recon_id: str
     split: str
     alt: str
     source: str | None
     size: tuple[int, int]
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,7 +103,7 @@ dt { font-weight: 600; }
 dd { margin: 0; min-width: 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; overflow-wrap: normal; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+caption { text-align: left; font-weight: 600; padding: .3rem 0; white-space: nowrap; }
 th, td { border: 1px solid #767676; padding: .2rem .5rem; text-align: right; vertical-align: top; }
 thead th { background: #eef1f4; text-align: left; }
 tbody th { text-align: left; font-weight: 400; }
@@ -177,6 +196,7 @@ hold for the page as well.</p>
 {% for picture in section.pictures %}
 <figure>
 <h3>{{ picture.recon_id }} ({{ picture.split }})</h3>
+{% if picture.why %}<p>Finding: {{ picture.why }}.</p>{% endif %}
 {% if picture.source %}
 <img src="{{ picture.source }}" alt="{{ picture.alt }}" width="{{ picture.size[0] }}" height="{{ picture.size[1] }}">
 {% else %}<p class="aside">Left out to keep this file small; it lies beside the others in previews/.</p>{% endif %}
@@ -211,14 +231,15 @@ def write_page(path: Path, name: str, exam: Examination, findings: Sequence[Find
         findings: What looks wrong, the loudest first.
         pictures: (row of `exam.rows`, PNG file) of the previews.
     """
-    write_text(path, page_html(name, exam, findings, inline_pictures(exam, pictures)))
+    write_text(path, page_html(name, exam, findings, inline_pictures(exam, findings, pictures)))
 
 
 def page_html(name: str, exam: Examination, findings: Sequence[Finding], pictures: Sequence[Picture]) -> str:
     """The whole page as a text."""
     contents = [section for section in sections_of(exam, pictures) if section.tables or section.pictures]
     levels = Counter(finding.level for finding in findings)
-    told = ", ".join(f"{levels[level]} {level}" for level in ("loud", "warning", "note") if levels[level])
+    words = {"loud": ("loud", "loud"), "warning": ("warning", "warnings"), "note": ("note", "notes")}
+    told = ", ".join(counted(levels[level], *words[level]) for level in words if levels[level])
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE).render(
         name=name,
@@ -234,7 +255,7 @@ def page_html(name: str, exam: Examination, findings: Sequence[Finding], picture
 
 def kind_of_cell(cell: str | float) -> str:
     """How a cell is set: numbers to the right, words to the left, long ones on several lines."""
-    if not isinstance(cell, str) or cell[:1].isdigit() or cell[:1] in ("-", ""):
+    if not isinstance(cell, str) or NUMBERS.fullmatch(cell):
         return "number"
     return "long" if len(cell) > 40 else "text"
 
@@ -311,8 +332,9 @@ def organ_table(exam: Examination) -> Table:
     for index, organ in enumerate(exam.organs):
         present, whole = exam.is_present[:, index], exam.is_whole[:, index]
         volumes = exam.volume_ml[whole, index]
-        listed = [f"{name} ({ml:.3g})" for name, ml in outliers.get(organ, ())]
+        listed = [f"{name} ({ml_text(ml)})" for name, ml in outliers.get(organ, ())]
         shown = ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+        shown = shown or ("none" if len(volumes) >= FEWEST_FOR_STATISTICS else "too few to tell")
         rows.append(
             (
                 organ,
@@ -334,7 +356,9 @@ def organ_table(exam: Examination) -> Table:
         rows,
         "Cut off: a voxel of the organ lies on a face of the array; under the rule `completeness: border` it does not "
         "enter the loss there. Only what is abnormal and whole makes the loss of an organ count. Volumes are of whole "
-        "organs, both sides together. Median HU: median over the scans.",
+        "organs, both sides together. Median HU: median over the scans. Volume outliers are far from the other scans "
+        f"(robust z of the logarithm above {OUTLIER_Z:g}); where fewer than {FEWEST_FOR_STATISTICS} scans hold the "
+        "whole organ there are too few to tell.",
     )
 
 
@@ -342,8 +366,7 @@ def quantile_text(values: np.ndarray) -> str:
     """`1,420 (1,100 to 1,890)`: median, 5th and 95th percentile."""
     if not len(values):
         return ""
-    low, middle, high = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in
-                         np.percentile(values, (5, 50, 95)))  # fmt: skip
+    low, middle, high = map(ml_text, np.percentile(values, (5, 50, 95)))
     return f"{middle} ({low} to {high})"
 
 
@@ -440,12 +463,12 @@ def duplicate_table(exam: Examination) -> Table:
 
 def build_tables(exam: Examination) -> list[Table]:
     tables = []
-    skipped = exam.manifest.get("skipped", ())
-    if skipped:
-        kinds = Counter(kind_of(entry["reason"]) for entry in skipped)
-        tables.append(Table(f"{len(skipped)} skipped cases by reason", ("reason", "cases"), kinds.most_common()))
-        rows = [(entry["case"], entry["split"], entry["reason"]) for entry in skipped[:LONGEST_LIST]]
-        tables.append(Table("Skipped cases", ("case", "split", "reason"), rows, rest(skipped)))
+    for entries, what in zip(skipped_and_excluded(exam.manifest), ("skipped cases", "cases left out on purpose")):
+        if entries:
+            kinds = Counter(kind_of(entry["reason"]) for entry in entries)
+            tables.append(Table(f"{len(entries):,} {what} by reason", ("reason", "cases"), kinds.most_common()))
+            rows = [(entry["case"], entry["split"], entry["reason"]) for entry in entries[:LONGEST_LIST]]
+            tables.append(Table(what.capitalize(), ("case", "split", "reason"), rows, rest(entries)))
     warnings = exam.manifest.get("warnings", ())
     if warnings:
         rows = [(entry["case"], entry["split"], entry["warning"]) for entry in warnings[:LONGEST_LIST]]
@@ -572,9 +595,14 @@ def histogram_svg(name: str, counts: np.ndarray) -> Markup:
 # Pictures
 
 
-def inline_pictures(exam: Examination, pictures: Sequence) -> list[Picture]:
+def inline_pictures(exam: Examination, findings: Sequence[Finding], pictures: Sequence) -> list[Picture]:
     """Previews as PNG of bounded size, in text form; those beyond the size of the page are only named."""
     inlined, used = [], 0
+    reasons: dict[int, list[str]] = {}  # by place in `exam.rows`
+    for finding in findings:
+        for place in finding.rows if finding.level != "note" else ():
+            reasons.setdefault(place, []).append(finding.title)
+    place_of = {id(row): place for place, row in enumerate(exam.rows)}
     for row, path in pictures:
         data, size = shrunken_png(path)
         is_shown = used + len(data) <= ALL_PICTURES_BYTES
@@ -585,12 +613,13 @@ def inline_pictures(exam: Examination, pictures: Sequence) -> list[Picture]:
             f"({', '.join(present)}), and its captions."
         )
         source = f"data:image/png;base64,{base64.b64encode(data).decode()}" if is_shown else None
-        inlined.append(Picture(row.recon_id, row.place.split, alt, source, size))
+        why = "; ".join(reasons.get(place_of[id(row)], ()))
+        inlined.append(Picture(row.recon_id, row.place.split, alt, source, size, why))
     return inlined
 
 
 def shrunken_png(path: Path) -> tuple[bytes, tuple[int, int]]:
-    """A PNG file as at most PICTURE_BYTES of PNG with 128 colours, and its width and height."""
+    """A PNG file as at most PICTURE_BYTES of PNG with 256 colours, and its width and height."""
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -599,7 +628,9 @@ def shrunken_png(path: Path) -> tuple[bytes, tuple[int, int]]:
     while True:
         size = (width, max(1, round(picture.height * width / picture.width)))
         buffer = io.BytesIO()
-        picture.resize(size, Image.Resampling.LANCZOS).quantize(128).save(buffer, "PNG", optimize=True)
+        # The usual median cut gives nearly all its colours to the greys, and makes organs alike that are not.
+        colours = picture.resize(size, Image.Resampling.LANCZOS).quantize(256, Image.Quantize.MAXCOVERAGE)
+        colours.save(buffer, "PNG", optimize=True)
         if buffer.tell() <= PICTURE_BYTES or width < 200:
             return buffer.getvalue(), size
         width = int(width * 0.8)

@@ -12,7 +12,9 @@ In a script: exit status 1 when something loud is found (wrong axes, HU or numbe
 
 import argparse
 import json
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from itertools import zip_longest
 from pathlib import Path
 
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -33,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="Folder of a processed split.")
     parser.add_argument("--data", type=Path, help="The same folder, as an option.")
     parser.add_argument("--split", choices=SPLITS, help="The only split to look at (default: each that is there).")
-    parser.add_argument("--cases", type=int, default=4, help="Cases to draw per split (default: 4).")
+    parser.add_argument(
+        "--cases",
+        type=int,
+        default=4,
+        help="Cases to draw: so many per split, and as many that look wrong (default: 4).",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -67,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     findings = find(exam)
     print_findings(exam, findings)
     try:
-        drawn = draw_cases(folder, exam, args.cases, pictures)
+        drawn = draw_cases(folder, exam, findings, args.cases, pictures)
         write_page(page, folder.resolve().name, exam, findings, drawn)
     except PermissionError as error:
         raise ValueError(
@@ -142,18 +149,32 @@ def print_findings(exam: Examination, findings: list[Finding]) -> None:
                 console.print(Text(f"  {name}: {text}"), soft_wrap=True)
 
 
-def draw_cases(folder: Path, exam: Examination, num_cases: int, out: Path) -> list[tuple[RowMeasures, Path]]:
-    """Draw the first readable cases of each split that were looked at; pictures that are there stay as they are."""
+def draw_cases(
+    folder: Path, exam: Examination, findings: Sequence[Finding], num_cases: int, out: Path
+) -> list[tuple[RowMeasures, Path]]:
+    """Draw the first readable cases of each split that were looked at, and as many that a finding speaks of.
+
+    Pictures that are there stay as they are.
+    """
     drawn = []
-    for split in exam.num_rows:
-        members = [row for row in exam.rows if row.place.split == split and row.voxels.any()]
-        for measures in members[: max(0, num_cases)]:
-            try:
-                drawn.append(
-                    (measures, draw_missing(read_row(folder, measures.place), split, measures.place.index, out))
-                )
-            except PermissionError:
-                raise
-            except DAMAGE as error:
-                console.print(f"no picture of {measures.recon_id}: {error}", soft_wrap=True, markup=False)
+    for place in cases_to_draw(exam, findings, max(0, num_cases)):
+        measures = exam.rows[place]
+        try:
+            picture = draw_missing(read_row(folder, measures.place), measures.place.split, measures.place.index, out)
+            drawn.append((measures, picture))
+        except PermissionError:
+            raise
+        except DAMAGE as error:
+            console.print(f"no picture of {measures.recon_id}: {error}", soft_wrap=True, markup=False)
     return drawn
+
+
+def cases_to_draw(exam: Examination, findings: Sequence[Finding], num_cases: int) -> list[int]:
+    """Places in `exam.rows`: of each split the first ones, then examples of the findings, one of each in turn."""
+    chosen: dict[int, None] = {}
+    for split in exam.num_rows:
+        members = [place for place, row in enumerate(exam.rows) if row.place.split == split and row.voxels.any()]
+        chosen |= dict.fromkeys(members[:num_cases])
+    suspects = zip_longest(*(finding.rows for finding in findings if finding.level != "note"))
+    others = dict.fromkeys(place for places in suspects for place in places if place is not None)
+    return [*chosen, *[place for place in others if place not in chosen][:num_cases]]

@@ -31,7 +31,7 @@ from typing import TextIO
 from modeling_fvlm.organs import NUMBERINGS
 from modeling_fvlm.processed_split import natural_key
 
-from .cases import Case
+from .cases import Case, counted
 from .personal_text import kinds_in_id, kinds_in_text, without_dates
 from .shards import PROGRESS_FOLDER
 
@@ -268,8 +268,11 @@ def concern_lines(concerns: Sequence[Concern], show: int = 8) -> list[str]:
         counts[concern.kind, "ids" if concern.field in LEVELS else "texts"] += concern.count
     what = ", ".join(f"{kind} in {where}: {count}" for (kind, where), count in sorted(counts.items()))
     cases = len({concern.recon_id for concern in concerns})
-    lines = [f"{cases} cases seem to name a person or a day ({what}). Look at them before the split is handed on:"]
-    lines += [f"  {item.recon_id}, {item.field}: {item.kind}, {item.count} times" for item in concerns[:show]]
+    told = counted(cases, "case seems", "cases seem")
+    lines = [f"{told} to name a person or a day ({what}). Look at what is there before the split is handed on:"]
+    lines += [
+        f"  {item.recon_id}, {item.field}: {item.kind}, {counted(item.count, 'time')}" for item in concerns[:show]
+    ]
     return lines + [f"  ... and {len(concerns) - show} more"] * (len(concerns) > show)
 
 

@@ -32,7 +32,7 @@ from huggingface_hub.hf_api import DatasetInfo
 from rich.console import Console
 from rich.progress import Progress
 
-from .cases import Case, OrganText, nearest
+from .cases import Case, OrganText, counted, nearest
 from .decompose import split_sentences
 from .previews import picture_name
 from .privacy import concern_lines, scan_reports
@@ -193,7 +193,7 @@ def pictures_of_rows(folder: Path, shards: Sequence[str]) -> list[str]:
     others = [name for name in found if name not in wanted]
     if others:
         console.print(
-            f"{len(others)} pictures in previews/ show no row of this split at its place, and are not uploaded.",
+            f"{counted(len(others), 'picture')} in previews/ not uploaded: no row of this split is shown.",
             style="yellow",
             soft_wrap=True,
         )

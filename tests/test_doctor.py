@@ -16,7 +16,8 @@ from phantom_split import ORGANS, build_split, render_scans
 from data_builders import doctor
 from data_builders.__main__ import main
 from data_builders.doctor import HISTOGRAM_EDGES, Examination, RowPlace, examine, measure_organs, measure_row, spread
-from data_builders.doctor_findings import READINGS, best_readings, find, volume_outliers
+from data_builders.doctor_findings import READINGS, Finding, best_readings, find, ml_text, volume_outliers
+from data_builders.inspection import cases_to_draw
 from modeling_fvlm.captions import normal_caption
 from modeling_fvlm.processed_split import decode_volume, encode_array
 
@@ -426,7 +427,43 @@ def test_what_the_build_left_out_is_told(diagnose, manifest):
     told["privacy_concerns"] = {"date": 3}
     found = diagnose(organs_of=told)
     assert found["skipped_cases"].level == "warning" and found["skipped_cases"].examples[0] == "p_20: ct.nii.gz: 2-D"
-    assert found["build_warnings"].count == 1 and found["personal_texts"].examples == ("date: 3",)
+    assert found["build_warnings"].count == 1 and found["personal_texts"].shown_examples == "date: 3"
+    told["skipped"] = [entry | {"is_excluded": True} for entry in told["skipped"]]
+    assert "skipped_cases" not in diagnose(organs_of=told), "left out on purpose is no fault"
+
+
+def test_counts_and_examples_read_as_they_should(diagnose):
+    def one_patient(measures):
+        for row in measures["train"]:
+            row.patient_id = "p_0"
+
+    assert diagnose(adjust=one_patient)["tiny_split"].title == "split 'train' has 1 patient"
+    finding = Finding("k", "note", "t", 5, 9, "scans", ("a: cut short. Fetch it again.", "b: empty."), "", "")
+    assert finding.shown_examples == "a: cut short. Fetch it again; b: empty and 3 more"
+    assert replace(finding, examples=("a", "b")).shown_examples == "a, b and 3 more"
+    assert replace(finding, num_examples=2).shown_examples == "a: cut short. Fetch it again; b: empty"
+    assert [ml_text(value) for value in (0.5, 26.34, 1581.2)] == ["0.5", "26.3", "1,581"]
+
+
+def test_pictures_show_what_looks_wrong(manifest, sound_measures, sound_rows):
+    def mirrored(row):
+        volume, mask = decode_volume(row)
+        return with_arrays(row, volume[..., ::-1], mask[..., ::-1])
+
+    measures = {
+        name: [
+            measured(mirrored(dict(row)), name, place) if name == "train" and place in (4, 6) else sound
+            for place, (row, sound) in enumerate(zip(rows, sound_measures[name]))
+        ]
+        for name, rows in sound_rows.items()
+    }
+    exam = examination(manifest, measures)
+    findings = find(exam)
+    assert cases_to_draw(exam, findings, 1) == [0, TRAIN, 4], "the first of each split, and one that looks wrong"
+    assert cases_to_draw(exam, findings, 2) == [0, 1, TRAIN, TRAIN + 1, 4, 6]
+    assert cases_to_draw(exam, findings, 0) == cases_to_draw(exam, [], 0) == []
+    mirror = next(finding for finding in findings if finding.key == "mirrored_axes")
+    assert mirror.rows == (4, 6) and mirror.examples == ("p_4", "p_6")
 
 
 # --------------------------------------------------------------------------------------------------------------- damage

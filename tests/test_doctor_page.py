@@ -16,8 +16,9 @@ from PIL import Image
 from data_builders import doctor_page
 from data_builders.__main__ import main
 from data_builders.doctor import Damage, RowPlace, examine
-from data_builders.doctor_findings import find
-from data_builders.doctor_page import page_html, shrunken_png
+from data_builders.doctor_findings import FEWEST_FOR_STATISTICS, find
+from data_builders.doctor_page import kind_of_cell, organ_table, page_html, shrunken_png
+from data_builders.previews import organ_colors
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 EVIL = "<script>alert('x')</script><b>&\"'"
@@ -124,6 +125,49 @@ def test_figures_stand_on_the_page(page, split):
     assert "8 / 1" in page, "counts of each split"
 
 
+def outlier_cells(exam) -> dict[str, str]:
+    table = organ_table(exam)
+    assert table.columns[-1] == "volume outliers (ml)"
+    return {row[0]: row[-1] for row in table.rows}
+
+
+def test_the_column_of_outliers_is_never_empty(split):
+    manifest = json.loads((split / "manifest.json").read_text(encoding="utf-8"))
+    exam = examine(split, manifest)
+    heart = ORGANS.index("heart")
+    assert outlier_cells(exam)["heart"] == "none" and exam.is_whole[:, heart].sum() >= 8
+    exam = examine(split, manifest)
+    exam.rows[4].voxels[heart] *= 20
+    assert re.fullmatch(r"p_4 \(\d,\d{3}\)|p_4 \(\d\d,\d{3}\)", outlier_cells(exam)["heart"])
+    assert f"fewer than {FEWEST_FOR_STATISTICS} scans" in organ_table(exam).note
+    few = examine(split, manifest, limit=3)
+    assert set(outlier_cells(few).values()) == {"too few to tell"}
+
+
+@pytest.mark.parametrize(
+    ("cell", "kind"),
+    [(3, "number"), ("14 / 10", "number"), ("-1024 to -992", "number"), ("854 (709 to 985)", "number")]
+    + [("1,530 (1,235 to 1,715)", "number"), ("48.0% (the normal sentence)", "number"), ("", "number")]
+    + [("6 x 4 x 4 mm", "text"), ("3 of 9 voxels are NaN or infinite. Set them to -1024 (air).", "long"), ("x", "text")]
+    + [("-", "text"), ("p_4 (3,944)", "text")],
+)
+def test_numbers_stand_to_the_right_and_words_to_the_left(cell, kind):
+    assert kind_of_cell(cell) == kind
+
+
+def test_organs_keep_their_colours_in_the_page(split):
+    """256 colours must do; the usual choice of them leaves hardly any to the organs."""
+    path = next((split / "previews").glob("*.png"))
+    before = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3).astype(int)
+    after = np.asarray(Image.open(io.BytesIO(shrunken_png(path)[0])).convert("RGB")).reshape(-1, 3).astype(int)
+    checked = 0
+    for color in np.rint(organ_colors(ORGANS)[:, :3] * 255).astype(int):
+        if (before == color).all(axis=1).sum() >= 20:  # a patch of the legend
+            checked += 1
+            assert np.abs(after - color).max(axis=1).min() <= 24, color
+    assert checked > len(ORGANS) // 2
+
+
 def test_every_text_is_escaped(split):
     manifest = json.loads((split / "manifest.json").read_text(encoding="utf-8"))
     manifest["skipped"] = [{"split": "train", "case": EVIL, "reason": f"ct: {EVIL}"}]
@@ -136,7 +180,7 @@ def test_every_text_is_escaped(split):
     for row in exam.rows:
         row.recon_id = row.patient_id = row.scan_id = EVIL
         row.labels = {EVIL: 1}
-    picture = doctor_page.Picture(EVIL, "train", f"Planes of {EVIL}", "data:image/png;base64,AA==", (2, 2))
+    picture = doctor_page.Picture(EVIL, "train", f"Planes of {EVIL}", "data:image/png;base64,AA==", (2, 2), EVIL)
     html = page_html(EVIL, exam, find(exam), [picture])
     parsed = Page(html)
     assert not parsed.of("script") and not parsed.of("b") and "alert(" in html
@@ -164,7 +208,7 @@ def test_pictures_beyond_the_size_of_the_page_are_named(split, monkeypatch):
     manifest = json.loads((split / "manifest.json").read_text(encoding="utf-8"))
     exam = examine(split, manifest, limit=1)
     path = next((split / "previews").glob("*.png"))
-    html = page_html("x", exam, [], doctor_page.inline_pictures(exam, [(exam.rows[0], path)]))
+    html = page_html("x", exam, [], doctor_page.inline_pictures(exam, [], [(exam.rows[0], path)]))
     assert not Page(html).of("img") and "Left out to keep this file small" in html and "p_0" in html
 
 
@@ -176,18 +220,23 @@ def test_the_pictures_are_those_of_the_cases(page):
 
 
 @pytest.mark.slow
-def test_a_browser_lays_the_page_out(split, page, tmp_path):
-    """On a narrow screen nothing but tables and charts may stick out, and those scroll in their own boxes."""
+@pytest.mark.parametrize("width", [500, 1400])
+def test_a_browser_lays_the_page_out(page, tmp_path, width):
+    """Nothing but tables and charts may stick out, and those scroll in their own boxes; every picture is drawn."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium on this machine: the page was checked by its text alone")
     probe = (
-        "<script>addEventListener('load', () => document.body.setAttribute('data-wide', "
-        "document.documentElement.scrollWidth + '/' + innerWidth))</script></body>"
+        "<script>addEventListener('load', () => document.body.setAttribute('data-seen', "
+        "[document.documentElement.scrollWidth, innerWidth, "
+        "[...document.images].filter(image => image.naturalWidth > 0 && image.clientWidth > 0).length, "
+        "[...document.querySelectorAll('svg')].filter(svg => svg.clientHeight > 20).length].join(' ')))</script></body>"
     )
     (tmp_path / "page.html").write_text(page.replace("</body>", probe), encoding="utf-8")
     command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--window-size=500,900", "--dump-dom", (tmp_path / "page.html").as_uri()]
+    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += ["--disable-quic", f"--window-size={width},900", "--dump-dom", (tmp_path / "page.html").as_uri()]
     told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    wide, inner = map(int, re.search(r'data-wide="(\d+)/(\d+)"', told).groups())
-    assert wide <= inner
+    wide, inner, pictures, charts = map(int, re.search(r'data-seen="([\d ]+)"', told)[1].split())
+    assert inner == pytest.approx(width, abs=20) and wide <= inner
+    assert pictures == len(Page(page).of("img")) > 0 and charts == len(Page(page).of("svg")) > 0

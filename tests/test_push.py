@@ -141,7 +141,7 @@ def test_pictures_of_cases_that_are_no_longer_there_stay_here(hub, split, capfd)
     assert upload(split) == 0
     there = {name for name in hub.files("dataset", REPO) if name.startswith("previews/")}
     assert there == {f"previews/{name}" for name in (picture.name, *own)}
-    assert "4 pictures in previews/ show no row of this split" in " ".join(capfd.readouterr().out.split())
+    assert "4 pictures in previews/ not uploaded: no row of this split" in " ".join(capfd.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
