@@ -60,6 +60,7 @@ class Hub:
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)  # sha256 -> uploaded LFS content
     requests: list[str] = field(default_factory=list)  # "GET /path", without queries
+    sent: dict[str, int] = field(default_factory=dict)  # file -> bytes of it that were sent
     broken: dict[str, list[str]] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -366,12 +367,18 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer({"error": "out of order"}, int(fault.removeprefix("status ")))
         part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if part is None:
+            self.count(path, len(content))
             raise Answer(body=content, **headers)
         start, end = int(part[1]), min(int(part[2] or len(content) - 1), len(content) - 1)
         if start >= len(content):
             raise Answer({"error": "out of range"}, 416, Content_Range=f"bytes */{len(content)}")
         headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+        self.count(path, end + 1 - start)
         raise Answer(body=content[start : end + 1], status=206, **headers)
+
+    def count(self, path: str, size: int) -> None:
+        if self.command == "GET":
+            self.hub.sent[path] = self.hub.sent.get(path, 0) + size
 
     def create(self) -> None:
         asked = self.json()

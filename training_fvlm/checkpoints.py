@@ -62,34 +62,34 @@ def step_of(checkpoint: str | Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_complete(checkpoint: str | Path) -> bool:
+    """Whether a folder is a whole checkpoint. Half of one, as other programs may leave it, is none."""
+    return _REMNANT.fullmatch(Path(checkpoint).name) is None and (Path(checkpoint) / LAST_FILE).is_file()
+
+
 def complete_checkpoints(run: str | Path) -> list[Path]:
-    """The complete checkpoints of a run, by step. Half of one, as an older version may have left it, is none."""
-    folders = [path for path in _entries(run) if step_of(path) is not None and (path / LAST_FILE).is_file()]
+    """The complete checkpoints of a run, by step."""
+    folders = [path for path in _entries(run) if step_of(path) is not None and is_complete(path)]
     return sorted(folders, key=step_of)
 
 
 def newest_checkpoint(run: str | Path) -> str | None:
     """The complete checkpoint of the latest step; None without one."""
+    for path in _entries(run):
+        match = _REMNANT.fullmatch(path.name)
+        if match and match[2] == OLD and not checkpoint_folder(run, int(match[1])).exists():
+            with contextlib.suppress(FileNotFoundError):  # another rank was faster
+                os.rename(path, checkpoint_folder(run, int(match[1])))
     found = complete_checkpoints(run)
     return str(found[-1]) if found else None
 
 
 def clear_away(run: str | Path) -> list[str]:
-    """Remove what earlier runs left unfinished, and take back what was to be replaced and was not.
-
-    Returns:
-        The names that are gone.
-    """
-    names = []
-    for path in _entries(run):
-        if (match := _REMNANT.fullmatch(path.name)) is None:
-            continue
-        target = checkpoint_folder(run, int(match[1]))
-        if match[2] == OLD and not target.exists():
-            os.rename(path, target)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-            names.append(path.name)
+    """Remove what earlier runs left unfinished; returns the names that are gone."""
+    newest_checkpoint(run)  # takes back what was to be replaced and was not
+    names = [path.name for path in _entries(run) if _REMNANT.fullmatch(path.name)]
+    for name in names:
+        shutil.rmtree(Path(run) / name, ignore_errors=True)
     return names
 
 

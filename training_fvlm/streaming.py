@@ -8,18 +8,21 @@ split can be addressed by row number as a local one is: order, crops and a resum
     worker of the data loader needs them; (3) what fails is tried again for some minutes before the run is stopped.
 """
 
+import contextlib
 import fnmatch
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import datasets
 import fsspec
@@ -27,14 +30,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.table import InMemoryTable
-from huggingface_hub import HfApi, HfFileSystem, constants
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 from transformers.utils import logging
 
 from modeling_fvlm.processed_split import row_of_table
 
 from .arguments import SettingsError
-from .data import COLUMNS, SplitRows
+from .data import COLUMNS, SPOKEN, SplitRows
 
 logger = logging.get_logger(__name__)
 Result = TypeVar("Result")
@@ -43,8 +47,8 @@ BLOBS = ("volume", "mask")  # side by side in a row group
 THREADS = 16  # requests at a time while the index is read
 TAIL_BYTES = 1 << 16  # read first of a shard: most footers fit
 GAP_BYTES = 1 << 15  # ranges that are nearer are fetched as one
-RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 60, 60, 60)  # on top of the Hub client's own
-HUB_ADDRESS = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?P<rest>(?:/.*)?)")
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 60, 60, 60)
+HUB_ADDRESS = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<commit>[^/]+))?(?P<rest>(?:/.*)?)")
 # Errors that the next attempt would meet as well.
 LASTING = (
     FileNotFoundError,
@@ -74,7 +78,8 @@ class StreamedSplit(SplitRows):
 
     def _open(self) -> None:
         self.light = self.index.rows()
-        self.captions = datasets.Dataset(InMemoryTable(self.light.select(["captions"])))
+        spoken = [name for name in SPOKEN if name in self.light.column_names]
+        self.captions = datasets.Dataset(InMemoryTable(self.light.select(spoken)))
 
     def __len__(self) -> int:
         return self.light.num_rows
@@ -123,7 +128,7 @@ class SplitIndex:
     def blobs(self, shard: int, group: int, start: int, stop: int) -> pa.Table:
         """Fetch a row's volume and mask: a table of one row."""
         name, size = self.shards[shard]
-        content = self.remote.fetch(name, start, stop, size)
+        content = self.remote.fetch(name, start, stop)
         file = pq.ParquetFile(_Piece(size, {start: content}), metadata=self._footer(shard))
         return file.read_row_group(group, columns=list(BLOBS))
 
@@ -145,47 +150,60 @@ class SplitIndex:
 
 
 class Remote:
-    """Reads ranges of the files below an address, patiently."""
+    """Lists and reads the files below an address, patiently; one for each process."""
 
     def __init__(self, root: str):
-        self.filesystem, self.root = fsspec.core.url_to_fs(root)
+        self.root = root
+        self.place = HUB_ADDRESS.fullmatch(root)
+        self.filesystem, self.path = (None, "") if self.place else fsspec.core.url_to_fs(root)
 
-    def fetch(self, name: str, start: int, stop: int, size: int) -> bytes:
-        """Bytes `start` to `stop` of a file of `size` bytes.
+    def fetch(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of a file.
 
         Raises:
             OSError: If they cannot be had, after some minutes if that may change.
         """
-        path = f"{self.root}/{name}"
+        read = self._from_hub if self.place else self._from_filesystem
 
-        def read() -> bytes:
-            if isinstance(self.filesystem, HfFileSystem):
-                # cat_file would read ahead, and ask for the size of the file.
-                with self.filesystem.open(path, "rb", cache_type="none", size=size) as file:
-                    file.seek(start)
-                    content = file.read(stop - start)
-            else:
-                content = self.filesystem.cat_file(path, start=start, end=stop)
+        def read_whole() -> bytes:
+            content = read(name, start, stop)
             if len(content) != stop - start:
                 raise ConnectionError(f"{len(content)} of {stop - start} bytes came")
             return content
 
-        return patiently(read, f"bytes {start} to {stop} of {path}")
+        return patiently(read_whole, f"bytes {start} to {stop} of {self.root}/{name}")
 
-    def shards(self, split: str) -> list[tuple[str, int, dict]]:
-        """(name, bytes, everything else that is known) of each shard of a split."""
+    def _from_hub(self, name: str, start: int, stop: int) -> bytes:
+        # Not by HfFileSystem: it asks for the file's size and kind at every read.
+        path = f"{self.place['rest']}/{name}".lstrip("/")
+        url = f"{HfApi().endpoint}/datasets/{self.place['repo']}/resolve/{self.place['commit']}/{quote(path)}"
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
+        answer = http_backoff("GET", url, max_retries=0, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        hf_raise_for_status(answer)
+        return answer.content
 
-        def read() -> list[dict]:
-            return self.filesystem.ls(f"{self.root}/volumes", detail=True)
+    def _from_filesystem(self, name: str, start: int, stop: int) -> bytes:
+        return self.filesystem.cat_file(f"{self.path}/{name}", start=start, end=stop)
 
+    def shards(self, split: str) -> list[tuple[str, int, str]]:
+        """(name, bytes, version as far as it is known) of each shard of a split, in order."""
         try:
-            entries = patiently(read, f"the listing of {self.root}/volumes")
-        except FileNotFoundError:
-            entries = []
-        named = {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"}
+            listed = patiently(self._list_volumes, f"the listing of {self.root}/volumes")
+        except (FileNotFoundError, EntryNotFoundError):
+            return []
+        return [entry for entry in sorted(listed) if fnmatch.fnmatch(entry[0], f"volumes/{split}-*.parquet")]
+
+    def _list_volumes(self) -> list[tuple[str, int, str]]:
+        if self.place:
+            where = {"repo_type": "dataset", "revision": self.place["commit"]}
+            folder = f"{self.place['rest']}/volumes".lstrip("/")
+            entries = HfApi().list_repo_tree(self.place["repo"], folder, **where)
+            return [(f"volumes/{Path(entry.path).name}", entry.size, "") for entry in entries if hasattr(entry, "size")]
+        entries = self.filesystem.ls(f"{self.path}/volumes", detail=True)
         return [
-            (f"volumes/{name}", named[name]["size"], named[name])
-            for name in sorted(fnmatch.filter(named, f"{split}-*.parquet"))
+            (f"volumes/{entry['name'].rsplit('/', 1)[-1]}", entry["size"], _version(entry))
+            for entry in entries
+            if entry["type"] == "file"
         ]
 
 
@@ -209,8 +227,7 @@ def open_streamed_split(
     listed = remote.shards(split)
     if not listed:
         raise SettingsError(f"{data} has no split '{split}' (no volumes/{split}-*.parquet).")
-    identity = [[name, size, *_versions(entry)] for name, size, entry in listed]
-    key = hashlib.sha256(json.dumps([root, identity, max_rows], default=str).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([root, listed, max_rows]).encode()).hexdigest()[:16]
     folder = Path(cache or Path(constants.HF_HOME) / "fvlm_streaming") / key
     shards = [(name, size) for name, size, _ in listed]
     if not (folder / "rows.arrow").is_file():
@@ -227,11 +244,20 @@ def address_of(data: str, revision: str | None) -> str:
     place = HUB_ADDRESS.fullmatch(address)
     if place is None:
         return address
+    revision = place["commit"] or revision
     try:
         commit = patiently(lambda: HfApi().dataset_info(place["repo"], revision=revision).sha, address)
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, OfflineModeIsEnabled) as error:
         raise SettingsError(f"--data {data} cannot be read from the Hub: {error}") from error
     return f"hf://datasets/{place['repo']}@{commit}{place['rest']}"
+
+
+def commit_of(data: str) -> str | None:
+    """The newest commit of a data set on the Hub; None where the Hub does not say."""
+    try:
+        return HfApi().dataset_info(data).sha
+    except (OSError, ValueError):  # offline, or no data set of that name: whoever reads it will say so
+        return None
 
 
 def patiently(read: Callable[[], Result], what: str) -> Result:
@@ -255,39 +281,52 @@ def patiently(read: Callable[[], Result], what: str) -> Result:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _versions(entry: dict) -> list[str]:
+def _version(entry: dict) -> str:
     """What tells one version of a file from another, as far as its file system says."""
     names = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated", "created")
-    return [str(entry[name]) for name in names if entry.get(name) is not None]
+    return " ".join(str(entry[name]) for name in names if entry.get(name) is not None)
 
 
 def _write_index(
     remote: Remote, shards: Sequence[tuple[str, int]], folder: Path, max_rows: int | None, where: str
 ) -> None:
-    """(1) Read footers and light columns of all shards and write them into a folder that then appears as a whole."""
+    """(1) Read footers and light columns of all shards into a folder that appears when it is complete."""
     unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")
     unfinished.mkdir(parents=True)
-    offsets, num_rows, writer = [0], 0, None
-    with ThreadPoolExecutor(THREADS) as pool, open(unfinished / "footers.bin", "wb") as footers:
-        for number, (footer, light) in enumerate(pool.map(lambda shard: _read_light(remote, *shard, where), shards)):
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            read = pool.map(lambda shard: _read_light(remote, *shard, where), shards)
+            try:
+                num_rows = _write_shards(read, unfinished, max_rows)
+            finally:
+                pool.shutdown(cancel_futures=True)
+        if num_rows == 0:
+            raise SettingsError(f"{where}: there are no rows.")
+        with contextlib.suppress(OSError):  # another process has written the same
+            os.rename(unfinished, folder)
+        if not (folder / "rows.arrow").is_file():
+            raise OSError(f"{folder} could not be written.")
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_shards(read: Iterator[tuple[bytes, pa.Table]], folder: Path, max_rows: int | None) -> int:
+    """Write what was read of each shard; returns the number of rows."""
+    offsets, num_rows = [0], 0
+    with contextlib.ExitStack() as stack:
+        footers, writer = stack.enter_context(open(folder / "footers.bin", "wb")), None
+        for number, (footer, light) in enumerate(read):
+            light = light.append_column("_shard", pa.array([number] * light.num_rows, pa.int32()))
+            light = light.slice(0, light.num_rows if max_rows is None else max_rows - num_rows)
+            writer = writer or stack.enter_context(pa.ipc.new_file(folder / "rows.arrow", light.schema))
+            writer.write_table(light)
             footers.write(footer)
             offsets.append(offsets[-1] + len(footer))
-            light = light.append_column("_shard", pa.array([number] * light.num_rows, pa.int32()))
-            light = light.slice(0, light.num_rows if max_rows is None else max(max_rows - num_rows, 0))
-            writer = writer or pa.ipc.new_file(unfinished / "rows.arrow", light.schema)
-            writer.write_table(light)
             num_rows += light.num_rows
             if num_rows == max_rows:
                 break
-    writer.close()
-    if num_rows == 0:
-        raise SettingsError(f"{where}: there are no rows.")
-    (unfinished / "footers.json").write_text(json.dumps(offsets), encoding="utf-8")
-    try:
-        os.rename(unfinished, folder)
-    except OSError:
-        if not (folder / "rows.arrow").is_file():
-            raise  # else another process has written the same
+    (folder / "footers.json").write_text(json.dumps(offsets), encoding="utf-8")
+    return num_rows
 
 
 def _read_light(remote: Remote, name: str, size: int, where: str) -> tuple[bytes, pa.Table]:
@@ -312,7 +351,7 @@ def _read_light(remote: Remote, name: str, size: int, where: str) -> tuple[bytes
         starts.append(min(start for start, _ in blobs))
         stops.append(max(stop for _, stop in blobs))
         ranges += [(start, stop) for column, start, stop in spans if column not in BLOBS]
-    pieces = {start: remote.fetch(name, start, stop, size) for start, stop in _merged(ranges)}
+    pieces = {start: remote.fetch(name, start, stop) for start, stop in _merged(ranges)}
     file = pq.ParquetFile(_Piece(size, pieces), metadata=metadata)
     light = file.read_row_groups(list(range(metadata.num_row_groups)), columns=light_columns)
     numbers = {"_group": (range(metadata.num_row_groups), pa.int32()), "_start": (starts, pa.int64())}
@@ -323,12 +362,12 @@ def _read_light(remote: Remote, name: str, size: int, where: str) -> tuple[bytes
 
 def _read_footer(remote: Remote, name: str, size: int) -> bytes:
     """The footer of a Parquet file, with the length and the mark that end it."""
-    tail = remote.fetch(name, max(size - TAIL_BYTES, 0), size, size)
+    tail = remote.fetch(name, max(size - TAIL_BYTES, 0), size)
     if tail[-4:] != b"PAR1":
         raise SettingsError(f"{remote.root}/{name} is no Parquet file, or only the beginning of one.")
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if length > len(tail):
-        tail = remote.fetch(name, size - length, size - len(tail), size) + tail
+        tail = remote.fetch(name, size - length, size - len(tail)) + tail
     return tail[-length:]
 
 
