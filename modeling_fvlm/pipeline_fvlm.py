@@ -202,21 +202,11 @@ def save_for_hub(model, processor, folder: str | Path, state_dict: Mapping[str, 
         from .modeling_fvlm import FVLMModel  # of the folder of a loaded pipeline a second copy, so not at its top
 
         # FSDP2 gives a model a class of torch's own, whose code would be saved in place of ours.
-        with torch.device("meta"):
-            model = FVLMModel(model.config)
-        state_dict = _as_in_model(state_dict, model)
+        of_shards, model = model, object.__new__(FVLMModel)
+        vars(model).update(vars(of_shards))
+        # DeepSpeed takes no parameter without an axis.
+        state_dict = {**state_dict, "temperature.value": state_dict["temperature.value"].reshape(())}
     model.save_pretrained(folder, state_dict=state_dict)
     if processor is not None:
         processor.save_pretrained(folder)
     custom_object_save(FVLMZeroShotPipeline, folder)
-
-
-def _as_in_model(state_dict: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights in the shapes and the number type a model gives them.
-
-    DeepSpeed takes no parameter without an axis, so the temperature has one there; and under bf16 it keeps bfloat16.
-    """
-    return {
-        name: state_dict[name].detach().to("cpu", torch.float32).reshape(parameter.shape).contiguous()
-        for name, parameter in model.state_dict().items()
-    }
