@@ -16,12 +16,13 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo demo-long demo-control test test-slow test-floor bench lint clean-demo
+.PHONY: help install demo demo-long demo-control ablation test test-slow test-floor bench lint clean-demo
 
 help:
 	@echo "make demo       synthetic CTs -> processed split -> training -> evaluation -> loaded back (about 13 minutes)"
 	@echo "make demo-long  the longer recipe on the same patients (about 40 minutes)"
 	@echo "make demo-control  the demo's recipe with captions shuffled between patients, three times: chance"
+	@echo "make ablation   contrast size, targets, balance, global branch, LoRA: some two hours, docs/ablation.md"
 	@echo "make test       the fast tests (minutes); make test-slow: the rest; make test-floor: lowest versions"
 	@echo "make bench      every benchmark, results in runs/bench and benchmarks/RESULTS.md (about an hour; 17 GB of free memory)"
 	@echo "make lint       ruff"
@@ -101,6 +102,24 @@ demo-control: $(CONTROL_SEEDS:%=$(CONTROL)%/eval/metrics.json) $(DEMO)/model/REA
 		aucs = [json.load(open(path))['macro_auc'] for path in sys.argv[1:]]; \
 		print('macro AUC, captions shuffled:', *(f'{auc:.3f}' for auc in aucs), f'mean {statistics.mean(aucs):.3f}')" \
 		$(filter %/metrics.json,$^)
+
+# What is finished is not run again. ABLATION_FLAGS are options of the command:
+# make ablation ABLATION_FLAGS="--rows steps-8"
+ABLATION ?= runs/ablation
+ABLATION_FLAGS ?=
+
+$(ABLATION)/source/.done: | $(BIN)/.installed
+	rm -rf $(ABLATION)/source
+	$(BIN)/python -m data_builders synthetic --patients 2400 --validation 300 --seed 0 --workers $(WORKERS) \
+		--out $(ABLATION)/source
+	touch $@
+
+$(ABLATION)/processed/manifest.json: $(ABLATION)/source/.done
+	$(BIN)/python -m data_builders ct_rate --source $(ABLATION)/source --organs body_24 --spacing 20 4 4 --margin 1 4 4 \
+		--workers $(WORKERS) --out $(ABLATION)/processed
+
+ablation: $(ABLATION)/processed/manifest.json
+	$(BIN)/python -m benchmarks.ablation --data $(ABLATION)/processed --out $(ABLATION) --jobs $(WORKERS) $(ABLATION_FLAGS)
 
 clean-demo:
 	rm -rf $(DEMO)
