@@ -46,14 +46,19 @@ def resident_mb(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / MB
 
 
+def prepare_and_send(case: Case, settings: Settings) -> None:
+    """What a worker does with one case; nothing of it is kept."""
+    built = prepare_case(case, settings)
+    if built.row is None:
+        raise RuntimeError(built.skip_reason or built.stop_reason)
+    pickle.dumps(built)  # as it goes to the process that writes
+
+
 def main() -> int:
     case, settings = pickle.load(sys.stdin.buffer)
     before = resident_mb("VmRSS")
     for _ in range(CASES):
-        built = prepare_case(case, settings)
-        if built.row is None:
-            raise RuntimeError(built.skip_reason or built.stop_reason)
-        pickle.dumps(built)  # as it is sent to the process that writes
+        prepare_and_send(case, settings)
     print(json.dumps([before, resident_mb("VmHWM")]))
     return 0
 
