@@ -9,14 +9,18 @@
     states of a repository that moves cannot be mixed
 (2) a folder is listed once; what is asked for by name is looked up there
 (3) a file is fetched into a temporary folder of its own and compared with the size in the listing. A source that does
-    not answer is asked again after growing pauses, then `SourceError` is raised. The folder is deleted in any case
+    not answer is asked again after growing pauses, then `SourceError` is raised. The folder is deleted in any case:
+    that of a process which was killed by the next one that makes a copy in the same place
 Messages name files and repositories, never a token or what stands behind the `?` of an address: those are often keys.
 """
 
+import contextlib
 import errno
 import functools
 import os
 import re
+import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +31,11 @@ from typing import TypeVar
 
 from .cases import resolve_inside
 
+try:
+    import fcntl
+except ImportError:  # not on Windows: what a killed process leaves there stays
+    fcntl = None
+
 # Seconds between attempts. huggingface_hub and s3fs make some of their own before an error comes here.
 PAUSES = (1.0, 2.0, 4.0)
 PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)  # answers of a server that is busy or being restarted
@@ -34,6 +43,8 @@ HUB_ADDRESS = re.compile(
     r"hf://(?:(?P<kind>datasets|spaces)/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?"
     r"(?:/(?P<path>.*))?"
 )
+
+COPY_PREFIX, COPY_LOCK = "fvlm-copy-", "lock"  # of the folders of temporary copies; each holds a file to lock
 
 Answer = TypeVar("Answer")
 
@@ -86,9 +97,80 @@ def local_copy(file: Path | RemoteFile) -> Iterator[Path]:
             raise SourceGoneError(f"{file.name}: the file is not there (any more).")
         yield file
         return
-    with tempfile.TemporaryDirectory(prefix="fvlm-", ignore_cleanup_errors=True) as folder:
+    remove_left_copies(tempfile.gettempdir())
+    with folder_for_a_copy() as folder:
         # A folder for each attempt: the rest of one must not pass for the result of the next.
         yield _ask(lambda: _fetch(file, Path(tempfile.mkdtemp(dir=folder))), file.name, file.url)
+
+
+@contextmanager
+def folder_for_a_copy() -> Iterator[Path]:
+    """A new temporary folder, locked while this process lives and deleted on leaving.
+
+    The system gives a lock up when its owner ends, however it ends; an id of a process may belong to another by then,
+    or to another container.
+    """
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=COPY_PREFIX))
+        try:
+            lock = os.open(folder / COPY_LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:
+            continue  # another process took it for a dead one's before it was locked
+        if _is_locked(lock) and (folder / COPY_LOCK).exists():
+            break
+        os.close(lock)
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(folder)
+        os.close(lock)
+
+
+@functools.cache
+def remove_left_copies(place: str) -> None:
+    """Remove the copies of killed processes of this user; once per process, before its first copy.
+
+    A folder is theirs if it has our prefix and our owner, and if the lock in it can be had. Where no locks are to be
+    had, everything stays.
+    """
+    for folder in Path(place).glob(f"{COPY_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            if not stat.S_ISDIR(status.st_mode) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
+                continue
+            try:
+                lock = os.open(folder / COPY_LOCK, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            except FileNotFoundError:
+                folder.rmdir()  # killed before it was locked; with anything in it, it is not ours and stays
+                continue
+            try:
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove(folder)
+            finally:
+                os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of copies; its lock last, for without it nobody could tell whose the rest is."""
+    for entry in folder.iterdir():
+        if entry.name != COPY_LOCK:
+            shutil.rmtree(entry, ignore_errors=True)
+    (folder / COPY_LOCK).unlink()
+    folder.rmdir()
+
+
+def _is_locked(lock: int) -> bool:
+    """Lock an open file; False where another process was first. Also true where the file system knows no locks."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 class Source:

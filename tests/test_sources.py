@@ -2,7 +2,11 @@
 
 import contextlib
 import errno
+import os
 import pickle
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -13,8 +17,9 @@ import pytest
 from hub_stand_in import hub_stand_in
 
 from data_builders import sources
-from data_builders.sources import RemoteFile, Source, SourceError, SourceGoneError, local_copy
+from data_builders.sources import COPY_LOCK, COPY_PREFIX, RemoteFile, Source, SourceError, SourceGoneError, local_copy
 
+ROOT = Path(__file__).resolve().parents[1]
 REPO = "owner/release"
 FILES = {
     "README.md": b"a card",
@@ -243,6 +248,115 @@ def test_copies_are_deleted_after_an_error_in_the_block(hub, temporary):
     with pytest.raises(ZeroDivisionError), local_copy(file):
         assert len(list(temporary.rglob("train_1_a_1.nii.gz"))) == 1
         raise ZeroDivisionError
+
+
+COPY_AND_WAIT = """
+import os, signal, sys, fsspec
+from data_builders.sources import RemoteFile, local_copy
+fsspec.filesystem("memory").pipe_file("/place/scan.nii.gz", b"0123456789")
+with local_copy(RemoteFile("memory://place/scan.nii.gz", 10)) as path:
+    print(path, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def copying(tmp_path):
+    """A function that starts a process with a temporary copy in `tmp_path`; returns it and the path of the copy."""
+    started = []
+
+    def start() -> tuple[subprocess.Popen, Path]:
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen([sys.executable, "-c", COPY_AND_WAIT], cwd=ROOT, env=environment, **pipes))
+        return started[-1], Path(started[-1].stdout.readline().strip())
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def copy_here(monkeypatch, folder: Path) -> None:
+    """Make a copy in a folder, as the next run would."""
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    sources.remove_left_copies.cache_clear()
+    fsspec.filesystem("memory").pipe_file("/place/other.nii.gz", b"xyz")
+    assert content_of(RemoteFile("memory://place/other.nii.gz", 3)) == b"xyz"
+
+
+def test_copies_of_a_killed_process_are_removed_by_the_next(copying, tmp_path, monkeypatch):
+    (dead, copy), (living, kept) = copying(), copying()
+    dead.send_signal(signal.SIGKILL)
+    dead.wait()
+    assert copy.read_bytes() == kept.read_bytes() == b"0123456789" and copy.is_relative_to(tmp_path)
+    copy_here(monkeypatch, tmp_path)
+    assert not copy.exists() and kept.exists()
+    assert len(list(tmp_path.iterdir())) == 1, "the folder of the dead one is gone as a whole"
+    living.communicate()  # the end of its input
+    assert living.returncode == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_what_others_have_under_such_a_name_stays(copying, tmp_path, monkeypatch):
+    """No lock in it, a file, a link that leads elsewhere, another owner."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / COPY_LOCK).touch()
+    (tmp_path / f"{COPY_PREFIX}notes").mkdir()
+    (tmp_path / f"{COPY_PREFIX}notes" / "thesis.txt").write_text("precious")
+    (tmp_path / f"{COPY_PREFIX}list").write_text("precious")
+    (tmp_path / f"{COPY_PREFIX}link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    dead, copy = copying()
+    dead.kill()
+    dead.wait()
+    (tmp_path / f"{COPY_PREFIX}empty").mkdir()  # of a process that was killed before it put a lock there
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: 12345)
+        copy_here(patch, tmp_path)
+    assert copy.exists() and (tmp_path / f"{COPY_PREFIX}empty").exists(), "they are another user's"
+    copy_here(monkeypatch, tmp_path)
+    assert sorted(path.name.removeprefix(COPY_PREFIX) for path in tmp_path.iterdir()) == [
+        "elsewhere",
+        "link",
+        "list",
+        "notes",
+    ]
+    assert (tmp_path / "elsewhere" / COPY_LOCK).exists() and (tmp_path / f"{COPY_PREFIX}notes" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("moment", ["before the lock is there", "before it is locked"])
+def test_a_folder_that_is_taken_for_a_dead_ones_is_made_anew(tmp_path, monkeypatch, moment):
+    """Another process clears up between two steps of ours."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    name, module = ("open", os) if moment == "before the lock is there" else ("flock", sources.fcntl)
+    step, disturbed = getattr(module, name), []
+
+    def disturb(*arguments, **options):
+        if not disturbed:
+            disturbed.append(True)
+            sources.remove_left_copies.__wrapped__(str(tmp_path))
+        return step(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, disturb)
+        with sources.folder_for_a_copy() as folder:
+            assert disturbed and [path.name for path in folder.iterdir()] == [COPY_LOCK]
+            sources.remove_left_copies.__wrapped__(str(tmp_path))
+            assert folder.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    """Copies are made, and nobody's are removed."""
+
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(sources.fcntl, "flock", no_locks)
+    left = tmp_path / f"{COPY_PREFIX}left"
+    left.mkdir()
+    (left / COPY_LOCK).touch()
+    copy_here(monkeypatch, tmp_path)
+    assert list(tmp_path.iterdir()) == [left]
 
 
 @pytest.mark.parametrize(
