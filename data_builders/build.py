@@ -6,8 +6,9 @@
 (4) dataset card, previews and manifest are written, and the summary is printed
 A broken case is skipped, counted and listed; with --strict the first one stops the build. None is ever replaced.
 
-A build that is killed at whatever moment is continued by the same command. With --shard i/n it does its part of (3), on
-a machine of many, and `python -m data_builders merge` does (4). However it came about, a split has the same bytes.
+A build that is killed at whatever moment is continued by the same command. So is one whose broken or missing files were
+mended: their shards are built again, the others stay. With --shard i/n it does its part of (3), on a machine of many,
+and `python -m data_builders merge` does (4). However it came about, a split has the same bytes.
 """
 
 import argparse
@@ -29,11 +30,11 @@ from modeling_fvlm.processed_split import ZSTD_LEVEL
 from modeling_fvlm.reading import RESCALE_MODES
 
 from .card import write_card
-from .cases import Case, sort_cases, source_fingerprint
+from .cases import Case, sort_cases, with_digests
 from .decompose import Lexicon, load_lexicon
 from .previews import write_previews
 from .privacy import concern_lines, default_salt_file, pseudonymise, read_salt, salt_check, scan_reports, write_key
-from .progress import check_same_settings, continue_or_begin, is_finished, plan_of, read_identity, stopping_cleanly
+from .progress import check_may_continue, continue_or_begin, is_finished, plan_of, read_identity, stopping_cleanly
 from .run_cases import (
     PADDED_TO,
     PADDING_WINDOWS,
@@ -50,8 +51,9 @@ from .shards import (
     BuiltRow,
     Shard,
     ShardRecord,
+    complete_records,
+    libraries,
     plan_shards,
-    read_record,
     write_json,
     write_shard,
 )
@@ -105,6 +107,7 @@ class Settings:
             "rescale_mode": self.rescale_mode,
             "rows_per_shard": self.rows_per_shard,
             "zstd_level": ZSTD_LEVEL,
+            "libraries": libraries(),
             "configs": self.configs,
             "ids": self.ids,
             "lexicon": {"name": self.lexicon.name, "version": self.lexicon.version, "sha256": self.lexicon.sha256},
@@ -128,7 +131,8 @@ def add_build_arguments(parser: argparse.ArgumentParser, organs: str, ids: str =
         "--out",
         type=Path,
         required=True,
-        help="Folder to write. A build that was killed continues there; other settings or another source are refused.",
+        help="Folder to write. A build that was killed continues there, and one whose broken or missing files were "
+        "mended; other settings or another source are refused.",
     )
     group.add_argument(
         "--organs", default=organs, help="Organ set: chest_4, body_24, body_36 or a YAML file (default: %(default)s)."
@@ -209,7 +213,8 @@ def add_build_arguments(parser: argparse.ArgumentParser, organs: str, ids: str =
         "--id_salt",
         type=Path,
         metavar="FILE",
-        help="File of the salt, written where it is missing; keep it secret (default: OUT.salt, beside --out).",
+        help="File of the salt, written where it is missing; keep it secret. Tasks that do not share one --out need it "
+        "(default: OUT.salt, beside --out).",
     )
     group.add_argument(
         "--id_key", type=Path, metavar="FILE", help="CSV to write, outside --out: your ids and their hashes."
@@ -236,6 +241,9 @@ def settings_from_args(
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1.")
+    for name in ("id_salt", "id_key"):
+        if args.ids == "kept" and getattr(args, name) is not None:
+            raise ValueError(f"--{name} is for hashed ids, and these are kept as they are: give --ids hashed as well.")
     check_executor(args.executor)
     part_of(args.shard)
     settings = Settings(
@@ -275,51 +283,76 @@ def build(cases: Iterable[Case], settings: Settings, args: argparse.Namespace) -
     """Write the processed split into `args.out`; returns the exit status (1 if not one row was written).
 
     Raises:
-        ValueError: If there are no cases, the folder holds something else, or another build was begun there.
+        ValueError: If there are no cases, the folder holds something else, or another build was begun there; if a
+            case that was written has changed since.
         BuildStopped: If the disk is full, the source is gone, or a signal came; the same command continues.
     """
-    folder = args.out
+    folder, is_part = args.out, args.shard is not None
     cases = sort_cases(cases)  # (1)
     if not cases:
         raise ValueError("the source holds no case: no row of its table could be matched with a volume.")
-    identity = {"settings": settings.as_json()}
+    identity, salt = {"settings": settings.as_json()}, ""
     if settings.ids == "hashed":
-        cases, identity["settings"]["id_salt_check"] = with_hashed_ids(cases, identity["settings"], args)
+        cases, salt = with_hashed_ids(cases, identity["settings"], args)
+        identity["settings"]["id_salt_check"] = salt_check(salt)
     for case in cases if args.strict else ():
         if case.skip_reason is not None and not case.is_excluded:
             raise ValueError(f"{case.recon_id}: {case.skip_reason}")
-    identity["source_sha256"] = source_fingerprint(cases)
+    cases, identity["source_sha256"] = with_digests(cases, salt)
     shards = plan_shards(cases, settings.rows_per_shard)
     first, step = part_of(args.shard)
     mine = shards[first::step]
     with stopping_cleanly(folder):
         concerns = count_concerns(cases)
-        if args.shard is not None and is_finished(folder, identity, mine):
+        if is_part and is_finished(folder, identity, mine):
             console.print("the split is finished, and these shards are there.")
             return 0
-        continue_or_begin(folder, identity, plan_of(cases, concerns), mine, is_part=args.shard is not None)  # (2)
+        identity = continue_or_begin(folder, identity, plan_of(cases, concerns), shards, mine, is_part)  # (2)
         records = write_shards(folder, mine, settings, args)  # (3)
-        if args.shard is not None:
-            console.print(
-                f"{len(mine)} of {len(shards)} shards are built. When all tasks are done: "
-                f"python -m data_builders merge --out {folder}",
-                soft_wrap=True,
-            )
+        if is_part:
+            tell_part(folder, shards, mine, is_own_salt=bool(salt) and args.id_salt is None)
             return 0
         return finish_split(folder, cases, identity, records, concerns, args.previews)  # (4)
 
 
 def with_hashed_ids(cases: Sequence[Case], settings: dict, args: argparse.Namespace) -> tuple[list[Case], str]:
-    """The cases under pseudonyms, in their order, and the check value of the salt."""
+    """The cases under pseudonyms, in their order, and the salt."""
     before = read_identity(args.out)
     if before is not None:  # a folder whose ids were kept has no salt: say that, not that the salt is missing
         of_salt = {key: value for key, value in before["settings"].items() if key == "id_salt_check"}
-        check_same_settings(before["settings"], settings | of_salt, f"--out {args.out}")
+        check_may_continue(before["settings"], settings | of_salt, f"--out {args.out}")
+    if args.shard is not None and args.id_salt is None:  # before anything is built: it would be for nothing
+        console.print(
+            f"Ids are hashed under the salt {default_salt_file(args.out)}, which belongs to this --out. Tasks with an "
+            "--out of their own get other ids and other shards, and cannot be merged: give all of them one "
+            "--id_salt FILE, on a disk that they share.",
+            style="yellow",
+            soft_wrap=True,
+            markup=False,
+        )
     salt = read_salt(args.id_salt or default_salt_file(args.out), args.out)
     hashed = pseudonymise(cases, salt)
     if args.id_key is not None:
         write_key(args.id_key, args.out, cases, hashed)
-    return sort_cases(hashed), salt_check(salt)
+    return sort_cases(hashed), salt
+
+
+def tell_part(folder: Path, shards: Sequence[Shard], mine: Sequence[Shard], is_own_salt: bool) -> None:
+    """Say what a task has built, how much of the split is there, and how it is finished."""
+    there = len(complete_records(folder, shards, again=False))
+    console.print(
+        f"the {len(mine)} shards of this task are built; {there} of the {len(shards)} of the split are in {folder}. "
+        f"When all tasks are done: python -m data_builders merge --out {folder}",
+        soft_wrap=True,
+        markup=False,
+    )
+    if there < len(shards):
+        salt = ", if all of them had this task's --id_salt FILE" if is_own_salt else ""
+        console.print(
+            f"Tasks with folders of their own: python -m data_builders merge --out SPLIT FOLDER FOLDER ...{salt}",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def count_concerns(cases: Sequence[Case]) -> dict[str, int]:
@@ -337,8 +370,8 @@ def write_shards(
     folder: Path, shards: Sequence[Shard], settings: Settings, args: argparse.Namespace
 ) -> list[ShardRecord]:
     """Build what is missing of some shards; returns the records of all of them."""
-    done = {shard.file: read_record(folder, shard) for shard in shards}
-    todo = [shard for shard in shards if done[shard.file] is None]
+    done = complete_records(folder, shards)
+    todo = [shard for shard in shards if shard.file not in done]
     waiting = [case for shard in todo for case in shard.cases]
     if len(todo) < len(shards):
         console.print(f"{len(shards) - len(todo)} of {len(shards)} shards are complete; building the rest.")

@@ -13,6 +13,7 @@ split is built again the cache is refused: delete it and make it anew.
 import argparse
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from rich.progress import Progress
 from modeling_fvlm.processed_split import CACHE_FILE, decode_volume
 
 from .progress import is_disk_full, stopping_cleanly
-from .shards import PROGRESS_FOLDER, SCHEMA, replace_durably, write_json, write_text
+from .shards import PROGRESS_FOLDER, SCHEMA, replace_durably, sha256_of, write_json, write_text
 from .summary import console
 
 BYTES_PER_VOXEL = 3  # int16 and uint8
@@ -45,17 +46,18 @@ def run(args: argparse.Namespace) -> int:
             if content["rows"]
         }
         jobs = [
-            (args.data / entry["file"], args.out / split / data_file(index, len(entries)))
+            (entry, args.out / split / data_file(index, len(entries)))
             for split, entries in shards.items()
             for index, entry in enumerate(entries)
         ]
-        waiting = [(source, target) for source, target in jobs if not target.is_file()]
-        check_space(args.out, [source for source, _ in waiting])
+        waiting = [(entry, target) for entry, target in jobs if not target.is_file()]
+        check_space(args.out, args.data, [entry for entry, _ in waiting])
         if len(waiting) < len(jobs):
             console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} files are there; making the rest.")
         with Progress(console=console, transient=True) as progress:
-            for source, target in progress.track(waiting, description="unpacking shards"):
-                unpack_shard(source, target)
+            for entry, target in progress.track(waiting, description="unpacking shards"):
+                check_content(args.data, entry)
+                unpack_shard(args.data / entry["file"], target)
         finish(args.out, manifest, {split: len(entries) for split, entries in shards.items()})
     console.print(f"written to {args.out}; give it as --data in place of {args.data}", soft_wrap=True)
     return 0
@@ -113,10 +115,32 @@ def data_file(index: int, count: int) -> str:
     return f"data-{index:05d}-of-{count:05d}.arrow"
 
 
-def check_space(folder: Path, sources: Sequence[Path]) -> None:
+def check_content(folder: Path, entry: dict) -> None:
+    """Raise a ValueError where a shard is not what the manifest tells: its rows would be damaged, or of another build.
+
+    Its bytes are read for the rows anyway, and lie in memory then.
+    """
+    if sha256_of(folder / entry["file"]) != entry["sha256"]:
+        raise is_damaged(folder, entry, "its sha256 is not the manifest's")
+
+
+def is_damaged(folder: Path, entry: dict, why: str) -> ValueError:
+    """The error that names a shard which cannot be unpacked."""
+    return ValueError(
+        f"{entry['file']} in {folder}: {why}. Delete it and run the builder again, it writes it anew; then run this "
+        "again."
+    )
+
+
+def check_space(folder: Path, data: Path, entries: Sequence[dict]) -> None:
     """Raise a ValueError where the disk cannot take what is to come: better now than after an hour."""
-    shapes = [row["shape"] for path in sources for row in pq.read_table(path, columns=["shape"]).to_pylist()]
-    wanted = sum(BYTES_PER_VOXEL * depth * height * width for depth, height, width in shapes)
+    wanted = 0
+    for entry in entries:
+        try:
+            shapes = pq.read_table(data / entry["file"], columns=["shape"]).to_pylist()
+        except (FileNotFoundError, pa.ArrowException) as error:
+            raise is_damaged(data, entry, f"missing or damaged ({type(error).__name__})") from error
+        wanted += sum(BYTES_PER_VOXEL * math.prod(row["shape"]) for row in shapes)
     free = shutil.disk_usage(folder).free
     if wanted > free:
         raise ValueError(

@@ -6,13 +6,16 @@ that may not leave the folder they belong to.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import hashlib
+import hmac
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
@@ -49,6 +52,7 @@ class Case:
         rescale: (slope, intercept) that the source declares for the volume's stored values; None: the file's own.
         series_uid: Which series of a DICOM place that holds several.
         duplicate_of: recon_id of the case whose report has the same words.
+        digest: Of all that goes into its row, from `with_digests`.
     """
 
     split: str
@@ -68,6 +72,7 @@ class Case:
     rescale: tuple[float, float] | None = None
     series_uid: str | None = None
     duplicate_of: str | None = None
+    digest: str | None = None
 
 
 class Row(dict):
@@ -107,24 +112,42 @@ def sort_cases(cases: Iterable[Case]) -> list[Case]:
 
 
 def source_fingerprint(cases: Sequence[Case]) -> str:
-    """One hash over what will be read: ids, texts, labels, and name and size of each file (no folder of this machine).
+    """One hash over what will be read: ids, texts, labels, name and size of each file (no folder of this machine)."""
+    return with_digests(cases)[1]
 
-    A build that was interrupted is only continued while this stays the same.
+
+def with_digests(cases: Sequence[Case], salt: str = "") -> tuple[list[Case], str]:
+    """The cases with their digests, and one hash over the whole source: the files are looked at once for both.
+
+    A shard is kept while the digests of its cases stay the same. They stand in the manifest: with hashed ids the salt
+    goes in, or names of files could be tried out until one fits.
     """
-    digest = hashlib.sha256()
+    whole, marked = hashlib.sha256(), []
     for case in cases:
-        files = [entry for file in (case.volume, case.mask) if file is not None for entry in names_and_sizes(file)]
-        texts = {
-            organ: [text.impression, text.findings, text.is_abnormal]
-            for organ, text in (case.organ_texts or {}).items()
-        }
-        row = [case.split, case.patient_id, case.scan_id, case.recon_id, files, case.numbering, case.findings]
-        row += [case.impression, texts, case.labels, case.skip_reason]
-        # Only what is given: the hash of a source that has none of it stays what it was before these fields came.
-        given = {name: getattr(case, name) for name in ("affine", "rescale", "series_uid", "duplicate_of")}
-        row += [{name: value} for name, value in given.items() if value is not None]
-        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
+        row = content_of(case)
+        digest = hmac.new(salt.encode(), json_line(row), hashlib.sha256).hexdigest()[:16]
+        marked.append(replace(case, digest=digest))
+        # Not in the digest of a case: it hangs on other cases, and its row is the same.
+        duplicate = [] if case.duplicate_of is None else [{"duplicate_of": case.duplicate_of}]
+        whole.update(json_line([*row, *duplicate]))
+    return marked, whole.hexdigest()
+
+
+def content_of(case: Case) -> list:
+    """What decides the row of a case."""
+    files = [entry for file in (case.volume, case.mask) if file is not None for entry in names_and_sizes(file)]
+    texts = {
+        organ: [text.impression, text.findings, text.is_abnormal] for organ, text in (case.organ_texts or {}).items()
+    }
+    row = [case.split, case.patient_id, case.scan_id, case.recon_id, files, case.numbering, case.findings]
+    row += [case.impression, texts, case.labels, case.skip_reason]
+    # Only what is given: the hash of a source that has none of it stays what it was before these fields came.
+    given = {name: getattr(case, name) for name in ("affine", "rescale", "series_uid")}
+    return row + [{name: value} for name, value in given.items() if value is not None]
+
+
+def json_line(row: list) -> bytes:
+    return json.dumps(row, sort_keys=True).encode() + b"\n"
 
 
 def names_and_sizes(file: Path | RemoteFile) -> list[list]:
@@ -138,6 +161,21 @@ def names_and_sizes(file: Path | RemoteFile) -> list[list]:
         for folder, _, names in os.walk(file)
         for name in names
     )
+
+
+def has_changed_since(case: Case, moment: float) -> bool:
+    """Whether a local file of a case has come or been replaced after a moment, in seconds since 1970.
+
+    By the entry in its folder, too: what was moved or unpacked into its place brings an old time along.
+    """
+    places = [file for file in (case.volume, case.mask) if isinstance(file, Path)]
+    places += [Path(folder, name) for place in places for folder, *inside in os.walk(place) for name in chain(*inside)]
+    for path in places:
+        with contextlib.suppress(OSError):  # gone, or a link to nowhere
+            for status in (path.lstat(), path.stat()):
+                if max(status.st_mtime, status.st_ctime) > moment:
+                    return True
+    return False
 
 
 def counted(count: int, what: str, plural: str | None = None) -> str:

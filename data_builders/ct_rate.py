@@ -54,6 +54,7 @@ from modeling_fvlm.published_preparation import repair_header
 
 from .build import add_build_arguments, build, settings_from_args
 from .cases import SPLITS, Case, Row, read_csv, read_label
+from .progress import open_source
 from .sources import Source, local_copy
 
 logger = logging.getLogger(__name__)
@@ -518,7 +519,7 @@ def words_of(case: Case) -> tuple[str, str]:
 
 def run(args: argparse.Namespace, source: Source | None = None) -> int:
     """Build the split; a `source` that is open already (with a token of its own, say) stands for --source."""
-    source = source or Source(args.source)
+    source = source or open_source(args.source, args.out)
     options = {"splits": sorted(args.splits), "reconstructions": args.reconstructions}
     # Only what departs from a folder of corrected volumes, so that a build begun before these came can be continued.
     if args.volumes != "fixed":

@@ -6,29 +6,43 @@ Tasks that shared one --out, on a shared disk:
 Tasks that wrote into folders of their own; their shards are linked into --out, or copied onto another disk:
     python -m data_builders merge --out out/split part1/split part2/split
 
-All parts must be of one build: equal settings, equal source. Where a shard is missing, the message names the --shard
-with which to make it, and nothing is finished. The result has the bytes of a build in one process.
+All parts must be of one build: equal settings, equal source and, with hashed ids, one --id_salt FILE. Where a shard is
+missing or is not what was written (its sha256 is compared), the message names the --shard with which to make it, and
+nothing is finished. A merge that was killed is continued by the same command. The result has the bytes of a build in
+one process.
 """
 
 import argparse
-import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from rich.progress import MofNCompleteColumn, Progress
 
 from .build import finish_split
 from .progress import (
     check_same_build,
     continue_or_begin,
+    identity_of,
     plan_of,
     read_identity,
     read_json,
     read_plan,
     stopping_cleanly,
 )
-from .shards import Shard, ShardRecord, plan_shards, read_record, replace_durably, write_record
+from .run_cases import num_cores
+from .shards import (
+    PROGRESS_FOLDER,
+    Shard,
+    ShardRecord,
+    complete_records,
+    plan_shards,
+    replace_durably,
+    sha256_of,
+    write_record,
+)
 from .summary import console, print_summary
 
 NAMES_SHOWN = 8  # missing shards that a message names
@@ -39,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "parts", nargs="*", type=Path, metavar="PART", help="Folders of tasks with an --out of their own."
     )
     parser.add_argument("--out", type=Path, required=True, help="Folder of the split; of the tasks, if they shared it.")
+    parser.add_argument(
+        "--no_checksums",
+        action="store_true",
+        help="Compare the sizes of the shards alone. Their checksums take as long as reading the split once.",
+    )
     parser.add_argument("--previews", type=int, default=6, help="Cases drawn per split into previews/ (default: 6).")
 
 
@@ -55,69 +74,112 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{folder} holds no build that was begun; name the --out of a task.")
         check_same_build(identities[folders[0]], identities[folder], f"{folder}, compared with {folders[0]},")
     identity = identities[folders[0]]
+    manifest = read_json(args.out / "manifest.json")
+    lost = []
+    if manifest is not None and identity_of(manifest) == identities[args.out]:
+        records = [ShardRecord(**content) for content in manifest["shards"]]
+        lost = [record.file for record in records if not record.is_whole(args.out)]
+        if not lost:
+            shutil.rmtree(args.out / PROGRESS_FOLDER, ignore_errors=True)  # a merge was killed while it removed that
+            console.print(f"{args.out} is finished already.", soft_wrap=True)
+            print_summary(manifest)
+            return 0
     plan = next((plan for folder in folders if (plan := read_plan(folder)) is not None), None)
     if plan is None:
-        # Finished splits keep no list of cases. One that is finished needs none.
-        manifest = read_json(args.out / "manifest.json")
-        if manifest is None:
-            raise ValueError(f"the parts are finished splits; any of them is the whole: use {folders[0]} as it is.")
-        console.print(f"{args.out} is finished already.", soft_wrap=True)
-        print_summary(manifest)
-        return 0
+        raise ValueError(tell_no_plan(args.out, folders[0], lost))
     cases, concerns = plan
     shards = plan_shards(cases, identity["settings"]["rows_per_shard"])
     with stopping_cleanly(args.out):
-        found = {shard.file: find_record(shard, folders) for shard in shards}
-        missing = [index for index, shard in enumerate(shards) if found[shard.file] is None]
+        found: dict[str, tuple[Path, ShardRecord]] = {}
+        for folder in folders:
+            # A case whose file vanished while its task ran stays skipped: the tasks are over. Run a task again to try
+            # it again.
+            for file, record in complete_records(folder, shards, again=False).items():
+                found.setdefault(file, (folder, record))
+        missing = [shard.file for shard in shards if shard.file not in found]
         if missing:
-            raise ValueError(tell_missing(missing, shards))
-        continue_or_begin(args.out, identity, plan_of(cases, concerns), shards)
-        records = []
-        for shard in shards:
-            folder, record = found[shard.file]
-            if folder != args.out:
-                for entry in record.files():
-                    bring(folder / entry["file"], args.out / entry["file"], entry["sha256"])
-                write_record(args.out, record)
-            records.append(record)
+            raise ValueError(
+                f"{len(missing)} of {len(shards)} shards are missing: {named(missing, shards)}. Run the tasks again "
+                "that were to build them, or build each with the --shard beside it; nothing is built twice. Then merge "
+                "again."
+            )
+        continue_or_begin(args.out, identity, plan_of(cases, concerns), shards, again=False)
+        gather(found, args.out, shards, is_compared=not args.no_checksums)
+        records = [found[shard.file][1] for shard in shards]
         return finish_split(args.out, cases, identity, records, concerns, args.previews)
 
 
-def find_record(shard: Shard, folders: Sequence[Path]) -> tuple[Path, ShardRecord] | None:
-    """The first folder that holds a whole shard, and its record.
+def tell_no_plan(out: Path, folder: Path, lost: Sequence[str]) -> str:
+    """What to do where no folder keeps a list of the cases: those of finished splits do not."""
+    if lost:
+        more = f" and {len(lost) - NAMES_SHOWN} more" if len(lost) > NAMES_SHOWN else ""
+        return (
+            f"--out {out} is a finished split, but {', '.join(lost[:NAMES_SHOWN])}{more} are missing or cut short. Run "
+            "the tasks again that built them, or the build without --shard; the rest stays."
+        )
+    if (folder / "manifest.json").is_file():
+        return f"the parts are finished splits; any of them is the whole: use {folder} as it is."
+    return f"no task came so far as to note its cases in {folder}: run the tasks again, then merge."
 
-    A case whose file vanished while its task ran stays skipped: the tasks are over. Run a task again to try it again.
+
+def gather(found: dict[str, tuple[Path, ShardRecord]], out: Path, shards: Sequence[Shard], is_compared: bool) -> None:
+    """Bring every shard into its place and compare it with its checksum.
+
+    Raises:
+        ValueError: If the content of a shard is not what was written; names each of them.
     """
-    for folder in folders:
-        record = read_record(folder, shard, retry_vanished=False)
-        if record is not None:
-            return folder, record
-    return None
+
+    def bring_all(place: tuple[Path, ShardRecord]) -> bool:
+        folder, record = place
+        return all(bring(folder / entry["file"], out / entry["file"], entry, is_compared) for entry in record.files())
+
+    damaged = []
+    columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as progress, ThreadPoolExecutor(num_cores()) as pool:
+        told = progress.track(pool.map(bring_all, found.values()), len(found), description="gathering shards")
+        for (folder, record), is_sound in zip(found.values(), told):
+            if not is_sound:
+                damaged.append(record.file)
+            elif folder != out:
+                write_record(out, record)
+    if damaged:
+        places = ", ".join(sorted({str(found[file][0]) for file in damaged}))
+        raise ValueError(
+            f"{named(damaged, shards)} in {places}: damaged, the sha256 is not the one with which it was written. "
+            "Delete it, and run the task again that built it, or build it with the --shard beside it; nothing else is "
+            "built again. Then merge again."
+        )
 
 
-def tell_missing(missing: Sequence[int], shards: Sequence[Shard]) -> str:
-    """Which shards are missing, and how to make each."""
-    named = [f"{shards[index].file} (--shard {index + 1}/{len(shards)})" for index in missing[:NAMES_SHOWN]]
-    more = f" and {len(missing) - NAMES_SHOWN} more" if len(missing) > NAMES_SHOWN else ""
-    return (
-        f"{len(missing)} of {len(shards)} shards are missing: {', '.join(named)}{more}. Run the tasks again that "
-        "were to build them, or build each with the --shard beside it; nothing is built twice. Then merge again."
-    )
+def named(files: Sequence[str], shards: Sequence[Shard]) -> str:
+    """Shards by their files, and how to make each."""
+    order = [shard.file for shard in shards]
+    shown = [f"{file} (--shard {order.index(file) + 1}/{len(order)})" for file in files[:NAMES_SHOWN]]
+    return ", ".join(shown) + (f" and {len(files) - NAMES_SHOWN} more" if len(files) > NAMES_SHOWN else "")
 
 
-def bring(source: Path, target: Path, sha256: str) -> None:
-    """Link a shard into its place; onto another disk it is copied, and compared with its checksum."""
-    unfinished = target.with_name(target.name + ".tmp")
-    unfinished.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        os.link(source, unfinished)
-        os.replace(unfinished, target)
-        unfinished.unlink(missing_ok=True)  # where both were one file already, the rename did nothing
-        return
-    unfinished.unlink(missing_ok=True)
-    shutil.copyfile(source, unfinished)
-    with unfinished.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            unfinished.unlink()
-            raise ValueError(f"{source} does not have the checksum of its record: it is damaged. Build it again.")
-    replace_durably(unfinished, target)
+def bring(source: Path, target: Path, entry: dict, is_compared: bool) -> bool:
+    """Link a file of a shard into its place, or copy it onto another disk; whether it is what its record says.
+
+    Of what lies in its place already nothing is changed.
+    """
+    if source != target:
+        unfinished = target.with_name(target.name + ".tmp")
+        unfinished.unlink(missing_ok=True)
+        try:
+            os.link(source, unfinished)
+            os.replace(unfinished, target)
+            unfinished.unlink(missing_ok=True)  # where both were one file already, the rename did nothing
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            shutil.copyfile(source, unfinished)
+            if sha256_of(unfinished) != entry["sha256"]:
+                unfinished.unlink()
+                return False
+            replace_durably(unfinished, target)
+            return True
+    if not is_compared or sha256_of(target) == entry["sha256"]:
+        return True
+    if source != target:
+        target.unlink()
+    return False

@@ -15,19 +15,19 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .cases import Case
+from .cases import Case, has_changed_since
 
 PROGRESS_FOLDER = ".building"  # records of finished shards; gone when the manifest is written
 CONFIGS = ("volumes", "organ_crops")  # each is a folder of Parquet shards
 
-# Why a case was skipped whose file was taken away during the build. A build that is run again tries it again: every
-# other reason lies in the file itself or in the tables, and comes back the same.
+# Why a case was skipped whose file was taken away during the build. A build that is run again tries it again, as it
+# does a case one of whose files has been replaced: every other reason would come back the same.
 VANISHED = "was there when the build began, and is gone"
 
 # Config `volumes`: a row is one reconstruction.
@@ -69,6 +69,7 @@ class BuiltRow:
         organ_crops: Its rows of config `organ_crops`, where that is written.
         warnings: What looks odd about the case, which is written nevertheless.
         is_vanished: Whether it is skipped because a file was taken away since the build began.
+        machine: Name of the machine on which that was seen.
         stop_reason: Why nothing can be built at present: the source does not answer, or a disk is full.
     """
 
@@ -79,6 +80,7 @@ class BuiltRow:
     skip_reason: str | None = None
     organ_crops: list[dict] = field(default_factory=list)
     is_vanished: bool = False
+    machine: str = ""
     stop_reason: str | None = None
 
 
@@ -93,6 +95,11 @@ class Shard:
     file: str
     cases: tuple[Case, ...]
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """recon_id -> digest of its cases."""
+        return {case.recon_id: case.digest for case in self.cases}
+
 
 @dataclass
 class ShardRecord:
@@ -104,6 +111,8 @@ class ShardRecord:
         rows: Cases that were written.
         bytes, sha256: Of the file of config `volumes`.
         organ_crops: `file`, `rows`, `bytes` and `sha256` of config `organ_crops`, where that is written.
+        cases: recon_id -> digest of every case, also of those that were skipped; None in splits from before there was
+            such a thing.
         skipped, warnings: Entries of the manifest.
         counts: organ -> in how many cases it is present, mentioned, abnormal.
     """
@@ -117,10 +126,12 @@ class ShardRecord:
     warnings: list[dict] = field(default_factory=list)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     organ_crops: dict | None = None
+    cases: dict[str, str] | None = None
 
     def as_json(self) -> dict:
         """The record as it stands in the manifest."""
-        return {name: value for name, value in vars(self).items() if name != "organ_crops" or value is not None}
+        later = ("organ_crops", "cases")
+        return {name: value for name, value in vars(self).items() if name not in later or value is not None}
 
     def files(self) -> list[dict]:
         """`file`, `bytes` and `sha256` of every file of the shard."""
@@ -130,6 +141,32 @@ class ShardRecord:
     def is_whole(self, folder: Path) -> bool:
         """Whether all its files lie in `folder`, at their size."""
         return all(_size(folder / entry["file"]) == entry["bytes"] for entry in self.files())
+
+    def renamed(self, file: str) -> "ShardRecord":
+        """The record of the same shard under another name."""
+        crops = self.organ_crops and {**self.organ_crops, "file": file_of(file, "organ_crops")}
+        return replace(self, file=file, organ_crops=crops)
+
+    def is_of(self, shard: Shard) -> bool:
+        """Whether it tells of the same cases in the same state; one from before there were digests is believed."""
+        return self.cases is None or self.cases == shard.digests
+
+    def is_to_be_tried_again(self, shard: Shard, written: float) -> bool:
+        """Whether a case that was skipped may do now: its file had vanished, or was replaced after `written`."""
+        skipped = {entry["case"]: entry["reason"] for entry in self.skipped}
+        return any(
+            VANISHED in skipped[case.recon_id] or has_changed_since(case, written)
+            for case in shard.cases
+            if case.recon_id in skipped
+        )
+
+
+def libraries() -> dict[str, str]:
+    """What writes the bytes of a shard, with versions: another version may write the same values in other bytes."""
+    import zstandard
+
+    library = ".".join(map(str, zstandard.ZSTD_VERSION))
+    return {"pyarrow": pa.__version__, "zstandard": zstandard.__version__, "libzstd": library}
 
 
 def plan_shards(cases: Sequence[Case], rows_per_shard: int) -> list[Shard]:
@@ -167,7 +204,7 @@ def write_shard(
     folder: Path, shard: Shard, built: Iterable[BuiltRow], configs: Sequence[str] = ("volumes",)
 ) -> ShardRecord:
     """Write one shard of each config and its record. A shard of skipped cases alone gets a record, no file."""
-    record = ShardRecord(shard.split, shard.file)
+    record = ShardRecord(shard.split, shard.file, cases=shard.digests)
     counts: dict[str, Counter] = {}
     files = {config: RowFile(folder / file_of(shard.file, config), schema_of(config)) for config in configs}
     try:
@@ -227,8 +264,7 @@ class RowFile:
             self.target.unlink(missing_ok=True)
             return None
         self.writer.close()
-        with self.unfinished.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(self.unfinished)
         size = self.unfinished.stat().st_size
         replace_durably(self.unfinished, self.target)
         return {"rows": self.rows, "bytes": size, "sha256": digest}
@@ -244,24 +280,41 @@ class RowFile:
 
 def write_record(folder: Path, record: ShardRecord) -> None:
     """Note that a shard is finished. After the shard itself: a shard without its record is built again."""
-    write_json(_record_path(folder, record.file), record.as_json())
+    write_json(record_path(folder, record.file), record.as_json())
 
 
-def read_record(folder: Path, shard: Shard, retry_vanished: bool = True) -> ShardRecord | None:
-    """The record of a shard that is complete on disk, or None where it has to be built (again).
+def known_records(folder: Path) -> dict[str, tuple[ShardRecord, float]]:
+    """Every record of a folder by its shard's file, and when it was written, in seconds since 1970.
+
+    Those of a finished split stand in its manifest; what was noted since goes before them.
+    """
+    known = {}
+    for path in (folder / "manifest.json", *sorted((folder / PROGRESS_FOLDER).glob("*-of-*.json"))):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # of no build, or removed by another process
+            written = path.stat().st_mtime
+            content = json.loads(path.read_text(encoding="utf-8"))
+            for entry in content.get("shards", [content]):
+                known[entry["file"]] = (ShardRecord(**entry), written)
+    return known
+
+
+def complete_records(folder: Path, shards: Sequence[Shard], again: bool = True) -> dict[str, ShardRecord]:
+    """The records of those shards that are complete in a folder, by their file; the others have to be built (again).
 
     Args:
         folder: Folder of the split.
-        shard: The shard.
-        retry_vanished: Whether a shard one of whose files vanished during the build counts as incomplete.
+        shards: The shards.
+        again: Whether a shard counts as incomplete one of whose skipped cases may do now.
     """
-    path = _record_path(folder, shard.file)
-    if not path.is_file():
-        return None
-    record = ShardRecord(**json.loads(path.read_text(encoding="utf-8")))
-    if retry_vanished and any(VANISHED in entry["reason"] for entry in record.skipped):
-        return None
-    return record if record.is_whole(folder) else None
+    known, complete = known_records(folder), {}
+    for shard in shards:
+        record, written = known.get(shard.file, (None, 0.0))
+        if record is None or not record.is_of(shard) or not record.is_whole(folder):
+            continue
+        if not (again and record.is_to_be_tried_again(shard, written)):
+            record.cases = shard.digests  # not known to one from before there were digests
+            complete[shard.file] = record
+    return complete
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -295,9 +348,16 @@ def replace_durably(unfinished: Path, target: Path) -> None:
             os.close(folder)
 
 
+def sha256_of(path: Path) -> str:
+    """Checksum of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _record_path(folder: Path, file: str) -> Path:
+def record_path(folder: Path, file: str) -> Path:
+    """Where the record of a shard lies."""
     return folder / PROGRESS_FOLDER / f"{Path(file).stem}.json"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_release import ct_rate_release
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -20,6 +21,12 @@ def shared_dir() -> Path:
     if not (SHARED / "golden" / "README.md").is_file():
         pytest.skip("the folder ../shared (CT samples and published outputs) is not beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def release(request, tmp_path_factory) -> Path:
+    """A release in CT-RATE's layout with the reconstructions NAMES of the test's file, which leaves it as it is."""
+    return ct_rate_release(tmp_path_factory.mktemp("release"), request.module.NAMES)
 
 
 @pytest.fixture

@@ -14,14 +14,16 @@ from data_builders.__main__ import main as build
 CHANGING = ("fsync", "replace", "unlink", "mkdir", "rmdir", "link")
 
 
-def build_and_die(arguments: list[str], moment: int, told: str | None = None) -> None:
+def build_and_die(arguments: list[str], moment: int, told: str | None, environment: dict[str, str]) -> None:
     """Run a command of data_builders and kill this process right before its `moment`-th change of a folder.
 
     Args:
         arguments: Of the command.
         moment: Counted from 1.
         told: File into which the number of changes is written if the command ends before that.
+        environment: Variables to set, such as TMPDIR.
     """
+    os.environ.update(environment)
     count = 0
 
     def counted(function):
@@ -41,11 +43,11 @@ def build_and_die(arguments: list[str], moment: int, told: str | None = None) ->
         Path(told).write_text(f"{status} {count}", encoding="utf-8")
 
 
-def run_killed(arguments: list[str], moment: int, told: Path | None = None) -> bool:
+def run_killed(arguments: list[str], moment: int, told: Path | None = None, **environment: str) -> bool:
     """`build_and_die` in a child; whether it was killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data_builders.build", "data_builders.ct_rate", "data_builders.organ_crops"])
-    child = context.Process(target=build_and_die, args=(arguments, moment, str(told) if told else None))
+    child = context.Process(target=build_and_die, args=(arguments, moment, str(told) if told else None, environment))
     child.start()
     child.join()
     return child.exitcode == -signal.SIGKILL

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny_release import contents, ct_rate_release
+from tiny_release import command, contents
 from tiny_split import write_tiny_split
 
 from data_builders import cache as cache_module
 from data_builders.__main__ import main
+from data_builders.shards import sha256_of
 from modeling_fvlm.processed_split import (
     CACHE_FILE,
     ZSTD_MAGIC,
@@ -22,11 +23,6 @@ from modeling_fvlm.processed_split import (
 )
 
 NAMES = ("train_1_a_1", "train_2_a_1", "train_3_a_1", "valid_1_a_1")
-
-
-def build(release: Path, out: Path, *more: str) -> int:
-    options = ["--spacing", "3", "4", "4", "--margin", "2", "3", "3", "--rows_per_shard", "2", "--previews", "0"]
-    return main(["ct_rate", "--source", str(release), "--out", str(out), *options, "--workers", "1", *more])
 
 
 def cached(split: Path, out: Path) -> int:
@@ -40,9 +36,9 @@ def hub_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory):
+def split(release, tmp_path_factory):
     folder = tmp_path_factory.mktemp("split")
-    assert build(ct_rate_release(folder / "release", NAMES), folder / "split") == 0
+    assert main(command(release, folder / "split")) == 0
     return folder / "split"
 
 
@@ -113,8 +109,9 @@ def test_training_reads_it_in_place_of_the_split(tmp_path):
     folder = write_tiny_split(tmp_path / "split")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["splits"] = {name: {"rows": 1} for name in ("train", "validation")}
+    files = {name: f"volumes/{name}-00000-of-00001.parquet" for name in manifest["splits"]}
     manifest["shards"] = [
-        {"split": name, "file": f"volumes/{name}-00000-of-00001.parquet", "sha256": "x"} for name in manifest["splits"]
+        {"split": name, "file": file, "sha256": sha256_of(folder / file)} for name, file in files.items()
     ]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert cached(folder, tmp_path / "cache") == 0
@@ -200,6 +197,24 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_unpacked(split, tmp
     assert cached(split, tmp_path / "cache") == 2
     assert "more and its disk has 0.0 GB free" in capsys.readouterr().err
     assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("damage", ["a bit", "cut short", "gone"])
+def test_a_damaged_shard_is_named(split, cache, tmp_path, capsys, damage):
+    """Its rows may well be readable, and be those of another build."""
+    data, name = tmp_path / "split", "volumes/train-00001-of-00002.parquet"
+    shutil.copytree(split, data)
+    content = bytearray((data / name).read_bytes())
+    content[1000] ^= 1
+    (data / name).write_bytes(content if damage == "a bit" else content[:500])
+    if damage == "gone":
+        (data / name).unlink()
+    assert cached(data, tmp_path / "cache") == 2
+    assert f"{name} in {data}: " in (told := capsys.readouterr().err) and "run the builder again" in told
+    assert not (tmp_path / "cache" / CACHE_FILE).exists()
+    shutil.copy(split / name, data / name)
+    assert cached(data, tmp_path / "cache") == 0
+    assert contents(tmp_path / "cache") == contents(cache)
 
 
 def test_what_is_no_split_or_no_cache_is_left_alone(split, cache, tmp_path, capsys):

@@ -3,11 +3,21 @@
 import dataclasses
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
-from data_builders.cases import Case, OrganText, names_and_sizes, read_label, sort_cases, source_fingerprint
+from data_builders.cases import (
+    Case,
+    OrganText,
+    has_changed_since,
+    names_and_sizes,
+    read_label,
+    sort_cases,
+    source_fingerprint,
+    with_digests,
+)
 from data_builders.sources import RemoteFile
 
 
@@ -95,6 +105,50 @@ def test_what_came_later_leaves_the_fingerprint_of_older_sources_as_it_was(files
     """The hash of a case from before there were affines, series and duplicates: a build from then is continued."""
     fingerprint = source_fingerprint([case(volume=files[0], mask=files[1], labels=(("Nodule", 1),))])
     assert fingerprint == "2a8fa9f756367c842845e2b8886551e4c02d683fbfc1005d91cf22778185b08b"
+
+
+def test_the_digest_of_a_case_sees_what_goes_into_its_row(files):
+    """All but whose report it shares: that hangs on other cases, and its row is the same."""
+    plain = case(volume=files[0], mask=files[1])
+    digests = {name: digest_of(dataclasses.replace(plain, **change)) for name, change in CHANGES.items()}
+    assert digests.pop("duplicate") == digest_of(plain)
+    assert len({digest_of(plain), *digests.values()}) == len(digests) + 1
+    assert digest_of(plain, "salt") != digest_of(plain) != digest_of(plain, "other salt")
+    alone, others = with_digests([plain])[0], with_digests([case(2), plain])[0]
+    assert alone[0] == others[1] and alone[0].digest != others[0].digest
+
+
+def digest_of(case, salt: str = "") -> str:
+    return with_digests([case], salt)[0][0].digest
+
+
+def test_files_that_were_replaced_since_a_moment(files, tmp_path):
+    volume, mask = files
+    slices = tmp_path / "series" / "sub"
+    slices.mkdir(parents=True)
+    (slices / "1.dcm").write_bytes(b"1")
+    link = tmp_path / "link.nii.gz"
+    link.symlink_to(volume)
+    cases = {"file": case(volume=volume, mask=mask), "folder": case(volume=slices.parent), "link": case(volume=link)}
+    cases |= {"remote": case(volume=RemoteFile("s3://a/x.nii.gz", 100)), "nothing": case(volume=tmp_path / "gone")}
+
+    def changed() -> set[str]:
+        return {name for name, item in cases.items() if has_changed_since(item, moment)}
+
+    moment = time.time() + 0.05
+    assert changed() == set()
+    time.sleep(0.1)
+    old = shutil.copy2(mask, tmp_path / "old.nii.gz")
+    os.utime(old, (0, 0))
+    os.replace(old, mask)
+    assert changed() == {"file"}, "its own time is that of 1970, but its place was taken just now"
+    (slices / "1.dcm").unlink()
+    assert changed() == {"file", "folder"}
+    link.unlink()
+    link.symlink_to(volume)
+    assert changed() == {"file", "folder", "link"}
+    moment = time.time() + 0.05
+    assert changed() == set()
 
 
 def test_a_folder_is_known_by_all_that_lies_in_it(tmp_path):

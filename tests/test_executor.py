@@ -1,28 +1,29 @@
 """Where cases are prepared makes no difference: this process, workers beside it, a dask cluster."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
-from tiny_release import contents, ct_rate_release
+from tiny_release import command, contents, ct_rate_release, volume_of
 
 from data_builders import run_cases
 from data_builders.__main__ import main
 from data_builders.run_cases import in_order
+from data_builders.sources import SourceGoneError
 
 NAMES = tuple(f"train_{number}_a_1" for number in range(1, 6))
-OPTIONS = ["--spacing", "3", "4", "4", "--margin", "2", "3", "3", "--rows_per_shard", "2", "--previews", "0"]
 
 
 def build(release: Path, out: Path, *more: str) -> int:
-    return main(["ct_rate", "--source", str(release), "--out", str(out), "--splits", "train", *OPTIONS, *more])
+    return main(command(release, out, "--splits", "train", *more))
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     """With a case that turns out broken in the middle."""
     release = ct_rate_release(tmp_path_factory.mktemp("release"), NAMES)
-    broken = release / "dataset" / "train_fixed" / "train_3" / "train_3_a" / "train_3_a_1.nii.gz"
+    broken = volume_of(release, "train_3_a_1")
     broken.write_bytes(broken.read_bytes()[:300])
     return release
 
@@ -119,6 +120,57 @@ def test_a_cluster_that_breaks_off_stops_cleanly(release, alone, tmp_path, capsy
     assert len(list((tmp_path / "split").glob("volumes/*"))) == 1
     assert build(release, tmp_path / "split", "--executor", cluster) == 0
     assert contents(tmp_path / "split") == alone
+
+
+def unseen_by_a_worker(monkeypatch, name: str) -> None:
+    """Let the volume of a case be out of sight for those that prepare it."""
+    copy = run_cases.local_copy
+
+    def unseen(file):
+        if file.name.startswith(name):
+            raise SourceGoneError(f"{file.name}: the file is not there (any more).")
+        return copy(file)
+
+    monkeypatch.setattr(run_cases, "local_copy", unseen)
+
+
+def test_a_worker_that_does_not_see_the_source_stops_the_build(release, alone, tmp_path, capsys, monkeypatch, cluster):
+    """Its cases would be skipped as if somebody had taken their files away, one by one between those of the others."""
+    vanished = run_cases.vanished
+    with monkeypatch.context() as patch:
+        unseen_by_a_worker(patch, "train_2")
+        patch.setattr(run_cases, "vanished", lambda *case: dataclasses.replace(vanished(*case), machine="node7"))
+        assert build(release, tmp_path / "split", "--executor", cluster) == 2
+    message = capsys.readouterr().err
+    assert "a worker on node7 does not see the files of train_2_a_1, which are there on" in message
+    assert "mount the source under the same path" in message and "run the same command again" in message
+    assert not (tmp_path / "split" / "manifest.json").exists()
+    assert build(release, tmp_path / "split", "--executor", cluster) == 0
+    assert contents(tmp_path / "split") == alone
+
+
+def test_a_file_that_is_away_for_a_moment_stops_the_build(release, alone, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        unseen_by_a_worker(patch, "train_2")
+        assert build(release, tmp_path / "split") == 2
+    assert "the files of train_2_a_1 were gone and are there again" in capsys.readouterr().err
+    assert build(release, tmp_path / "split") == 0
+    assert contents(tmp_path / "split") == alone
+
+
+@pytest.mark.slow
+def test_a_path_that_means_another_folder_to_the_workers(release, tmp_path, capsys, monkeypatch):
+    """The real thing: processes in which the source is not there."""
+    distributed = pytest.importorskip(
+        "distributed", reason="dask.distributed is not installed (pip install fvlm[dask])"
+    )
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        address = cluster.scheduler_address.replace("tcp://", "dask://")
+        monkeypatch.chdir(release.parent)
+        assert build(Path(release.name), tmp_path / "split", "--executor", address) == 2
+    assert "does not see the files of train_1_a_1" in (message := capsys.readouterr().err)
+    assert "give an absolute path" in message
+    assert not list((tmp_path / "split").rglob("*.parquet"))
 
 
 def test_without_dask_the_message_says_what_to_install(release, tmp_path, capsys, monkeypatch):

@@ -8,14 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from hub_stand_in import hub_stand_in
 from killing import run_killed
-from tiny_release import contents, ct_rate_release
+from tiny_release import command, contents, ct_rate_release, mask_of, volume_of
 
 from data_builders import build as build_module
 from data_builders import run_cases
@@ -26,16 +28,7 @@ from data_builders.sources import SourceError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NAMES = ("train_1_a_1", "train_2_a_1", "train_3_a_1", "train_4_a_1", "train_5_a_1", "valid_1_a_1")
-OPTIONS = ["--spacing", "3", "4", "4", "--margin", "2", "3", "3", "--rows_per_shard", "2", "--workers", "1"]
-
-
-def command(source: Path, out: Path, *more: str, previews: int = 0) -> list[str]:
-    return ["ct_rate", "--source", str(source), "--out", str(out), *OPTIONS, "--previews", str(previews), *more]
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory):
-    return ct_rate_release(tmp_path_factory.mktemp("release"), NAMES)
+PICTURES = ("--previews", "1")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +45,7 @@ def undisturbed(release, tmp_path_factory):
 def with_pictures(release, undisturbed, tmp_path_factory):
     """The same with a preview for each split, which takes longer than everything else."""
     out = tmp_path_factory.mktemp("with_pictures") / "split"
-    assert main(command(release, out, previews=1)) == 0
+    assert main(command(release, out, *PICTURES)) == 0
     files = contents(out)
     assert files.keys() - undisturbed.keys() == {
         f"previews/{p}.png" for p in ("train-000-train_1_a_1", "validation-000-valid_1_a_1")
@@ -76,15 +69,15 @@ def test_killed_again_and_again(release, undisturbed, tmp_path):
 @pytest.mark.timeout(1800)
 def test_killed_at_every_single_moment(release, with_pictures, tmp_path):
     """Before each rename, sync, removal: also between manifest and clean-up, where a split is complete and busy."""
-    assert not run_killed(command(release, tmp_path / "whole", previews=1), 10**9, tmp_path / "told")
+    assert not run_killed(command(release, tmp_path / "whole", *PICTURES), 10**9, tmp_path / "told")
     status, count = map(int, (tmp_path / "told").read_text().split())
     assert status == 0 and count > 40
     after_manifest = 0
     for moment in range(1, count + 1):
         out = tmp_path / f"killed_{moment}"
-        assert run_killed(command(release, out, previews=1), moment)
+        assert run_killed(command(release, out, *PICTURES), moment)
         after_manifest += (out / "manifest.json").exists()
-        assert main(command(release, out, previews=1)) == 0
+        assert main(command(release, out, *PICTURES)) == 0
         assert contents(out) == with_pictures, f"killed at moment {moment} of {count}"
         shutil.rmtree(out)
     assert after_manifest >= 5
@@ -158,6 +151,29 @@ def has_come_on(out: Path, before: dict[str, bytes], num_shards: int) -> bool:
         return contents(out) != before
     except FileNotFoundError:  # gone between two looks
         return True
+
+
+def test_copies_of_a_killed_build_are_removed_by_the_next(release, undisturbed, tmp_path, monkeypatch):
+    """A remote source, and kills on the way: some hit while a volume lies in TMPDIR."""
+    out, temporary, left = tmp_path / "split", tmp_path / "temporary", set()
+    temporary.mkdir()
+    with hub_stand_in() as hub:
+        hub.put_all("dataset", "owner/release", contents(release))
+        environment = {"HF_ENDPOINT": hub.endpoint, "TMPDIR": str(temporary)}
+        arguments = command("hf://datasets/owner/release", out)
+        moment = 260  # the tables have been read by then
+        while len(left) < 2:
+            moment += 30
+            assert run_killed(arguments, moment, **environment), "no kill hit a volume in the making"
+            left |= {path.name for path in temporary.rglob("*.nii.gz")}
+            assert len(list(temporary.iterdir())) <= 2, "what earlier ones left is gone"
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+        assert main(arguments) == 0
+    assert list(temporary.iterdir()) == []
+    assert {name: data for name, data in contents(out).items() if name.endswith(".parquet")} == {
+        name: data for name, data in undisturbed.items() if name.endswith(".parquet")
+    }
 
 
 @pytest.mark.slow
@@ -300,16 +316,6 @@ def own_release(release, tmp_path):
     return Path(shutil.copytree(release, tmp_path / "release"))
 
 
-def volume_of(release: Path, name: str) -> Path:
-    split, number, scan, _ = name.split("_")
-    return release / "dataset" / f"{split}_fixed" / f"{split}_{number}" / f"{split}_{number}_{scan}" / f"{name}.nii.gz"
-
-
-def mask_of(release: Path, name: str) -> Path:
-    folder = volume_of(release, name).relative_to(release / "dataset")
-    return release / "dataset" / "ts_seg" / "ts_total" / folder
-
-
 @pytest.mark.parametrize(("place", "kind"), [(volume_of, "volume"), (mask_of, "mask")])
 def test_one_file_that_vanishes_is_skipped_and_tried_again(
     own_release, undisturbed, tmp_path, monkeypatch, place, kind
@@ -329,10 +335,10 @@ def test_a_case_that_comes_back_takes_its_place_among_the_pictures(own_release, 
     out, gone = tmp_path / "split", volume_of(own_release, "train_1_a_1")
     with monkeypatch.context() as patch:
         disturb(patch, lambda: gone.rename(tmp_path / "taken.nii.gz"), shard_number=0)
-        assert main(command(own_release, out, previews=1)) == 0
+        assert main(command(own_release, out, *PICTURES)) == 0
     assert [path.name for path in out.glob("previews/train*")] == ["train-000-train_2_a_1.png"]
     (tmp_path / "taken.nii.gz").rename(gone)
-    assert main(command(own_release, out, previews=1)) == 0
+    assert main(command(own_release, out, *PICTURES)) == 0
     assert contents(out) == with_pictures
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tiny_release import REPORT, contents, ct_rate_release
+from tiny_release import GEOMETRY, REPORT, command, contents
 
 from data_builders import build as build_module
 from data_builders.__main__ import main
@@ -18,24 +18,17 @@ from modeling_fvlm.organs import load_organ_set
 from modeling_fvlm.processed_split import decode_volume
 
 NAMES = ("train_1_a_1", "train_2_a_1", "train_3_a_1", "valid_1_a_1")
-MARGIN = (2, 3, 3)
-OPTIONS = ["--spacing", "3", "4", "4", "--margin", *map(str, MARGIN), "--rows_per_shard", "2", "--workers", "1"]
+MARGIN = tuple(map(int, GEOMETRY[-3:]))
 ORGANS = load_organ_set("body_24").organs
 PRESENT = ["lung", "liver", "aorta"]  # in the order of body_24
 
 
 def build(release: Path, out: Path, *configs: str, more: tuple[str, ...] = ()) -> int:
-    chosen = ["--configs", *configs] if configs else []
-    return main(["ct_rate", "--source", str(release), "--out", str(out), *OPTIONS, "--previews", "0", *chosen, *more])
+    return main(command(release, out, *(["--configs", *configs] if configs else []), *more))
 
 
 def rows_of(out: Path, config: str, split: str = "train") -> list[dict]:
     return [row for path in sorted(out.glob(f"{config}/{split}-*")) for row in pq.read_table(path).to_pylist()]
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory):
-    return ct_rate_release(tmp_path_factory.mktemp("release"), NAMES)
 
 
 @pytest.fixture(scope="module")

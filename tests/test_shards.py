@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tiny_release import REPORT, arrays, contents, ct_rate_release
+from tiny_release import REPORT, arrays, command, contents, ct_rate_release, volume_of
 
 from data_builders import build as build_module
 from data_builders.__main__ import main
@@ -22,16 +22,6 @@ from modeling_fvlm.organs import load_organ_set
 from modeling_fvlm.processed_split import decode_volume
 
 NAMES = ("train_1_a_1", "train_2_a_1", "train_3_a_1", "train_10_a_1", "train_11_a_1", "valid_1_a_1")
-OPTIONS = ["--spacing", "3", "4", "4", "--margin", "2", "3", "3", "--rows_per_shard", "2", "--previews", "0"]
-
-
-def command(source: Path, out: Path, *more: str) -> list[str]:
-    return ["ct_rate", "--source", str(source), "--out", str(out), *OPTIONS, "--workers", "1", *more]
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory):
-    return ct_rate_release(tmp_path_factory.mktemp("release"), NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -272,9 +262,7 @@ def test_an_empty_shard_leaves_no_file_and_the_rest_loads(tmp_path, hub_cache):
 
     source, out = ct_rate_release(tmp_path / "release", NAMES[:3]), tmp_path / "split"
     for number in (1, 2):
-        path = (
-            source / "dataset" / "train_fixed" / f"train_{number}" / f"train_{number}_a" / f"train_{number}_a_1.nii.gz"
-        )
+        path = volume_of(source, f"train_{number}_a_1")
         path.write_bytes(path.read_bytes()[:200])
     assert main(command(source, out, "--splits", "train")) == 0
     assert [path.name for path in (out / "volumes").iterdir()] == ["train-00001-of-00002.parquet"]

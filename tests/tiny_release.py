@@ -21,6 +21,7 @@ BOXES = {
     "liver": (slice(3, 8), slice(6, 17), slice(5, 18)),
     "aorta": (slice(3, 17), slice(18, 20), slice(17, 19)),
 }
+GEOMETRY = ["--spacing", "3", "4", "4", "--margin", "2", "3", "3"]  # the grid as it is, cut around the organs
 HU = {"lung_upper_lobe_left": -850, "lung_upper_lobe_right": -850, "liver": 60, "aorta": 180}
 REPORT = {
     "findings": "The left lung is clear. A 12 mm nodule is seen in the right lung. The liver is normal. "
@@ -89,6 +90,23 @@ def ct_rate_release(root: Path, names=("train_1_a_1", "train_2_a_1", "train_10_a
         write_csv(root / "dataset" / "radiology_text_reports" / f"{spelt}_reports.csv", reports[split])
         write_csv(root / "dataset" / "multi_abnormality_labels" / f"{split}_predicted_labels.csv", labels[split])
     return root
+
+
+def volume_of(release: Path, name: str) -> Path:
+    """The file of a reconstruction."""
+    split, number, scan, _ = name.split("_")
+    return release / "dataset" / f"{split}_fixed" / f"{split}_{number}" / f"{split}_{number}_{scan}" / f"{name}.nii.gz"
+
+
+def mask_of(release: Path, name: str) -> Path:
+    """The mask of a reconstruction."""
+    return release / "dataset" / "ts_seg" / "ts_total" / volume_of(release, name).relative_to(release / "dataset")
+
+
+def command(source: Path | str, out: Path, *more: str) -> list[str]:
+    """Arguments that build such a release: two rows a shard, one process and no previews, unless `more` says so."""
+    options = [*GEOMETRY, "--rows_per_shard", "2", "--workers", "1", "--previews", "0"]
+    return ["ct_rate", "--source", str(source), "--out", str(out), *options, *more]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
