@@ -45,12 +45,13 @@ JSON: a list of {"id", "findings", "impression"}, or {id: {...}}; with "organs":
 """
 
 import argparse
+import contextlib
 import math
 import os
 import random
 import re
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -170,11 +171,11 @@ def run(args: argparse.Namespace) -> int:
     table_path = args.table or args.reports or ready[0]
     has_table = args.table is not None or args.reports is not None
     columns, rows = read_table(table_path, args.columns) if has_table else rows_of_names(list(captions))
-    check_patients(rows, table_path)
+    check_rows(rows, table_path)
     settings = settings_from_args(
         args,
         "folder",
-        numberings=read_numberings(rows, args.numbering, table_path.parent),
+        numberings=read_numberings(rows, args.numbering, table_path),
         validation_fraction=None if "split" in columns else args.validation_fraction,
         seed=None if "split" in columns else args.seed,
         **({} if "patient_id" in columns else {"splits_by": "id"}),
@@ -260,12 +261,15 @@ def read_captions(args: argparse.Namespace, organs: Sequence[str]) -> dict[str, 
     return read_ready_reports(args.desc_info, args.conc_info, organs)
 
 
-def read_numberings(rows: Sequence[Row], default: str, folder: Path) -> dict[str, str | dict[int, str | None]]:
+def read_numberings(rows: Sequence[Row], default: str, table_path: Path) -> dict[str, str | dict[int, str | None]]:
     """Every numbering in use, under the name that `numbering_key` gives it."""
-    from_cells = {row["numbering"] for row in rows if row.get("numbering")} - {default}
+    from_cells = {row["numbering"]: row for row in reversed(rows) if row.get("numbering") not in ("", None, default)}
     if numbering_key(default, default) in from_cells:
         raise ValueError(f"--numbering {default} and a file of the column numbering have one name; rename one of them.")
-    numberings = {name: read_numbering(name, folder) for name in sorted(from_cells)}
+    numberings = {}
+    for name, row in sorted(from_cells.items()):
+        with telling_the_cell(row, "numbering", table_path):
+            numberings[name] = read_numbering(name, table_path.parent)
     if not all(row.get("numbering") not in ("", None, default) for row in rows):
         numberings[numbering_key(default, default)] = read_numbering(default, None)
     return numberings
@@ -310,9 +314,18 @@ def case_id(row: dict[str, str]) -> str:
     return stem_of(Path(row.get("id") or row.get("volume", "")))
 
 
-def check_patients(rows: Sequence[Row], path: Path) -> None:
-    """Raise a ValueError where the column patient_id has an empty cell: nobody knows whose scan that is."""
+def check_rows(rows: Sequence[Row], path: Path) -> None:
+    """Raise a ValueError where an id comes twice, or the column patient_id has an empty cell: nobody knows whose scan
+    that is.
+    """
+    line_of: dict[str, int] = {}
     for row in rows:
+        name = case_id(row)
+        if name and line_of.setdefault(name, row.line) != row.line:
+            raise ValueError(
+                f"{path.name}, line {row.line}: the id {name!r} comes twice (first in line {line_of[name]}); every "
+                "reconstruction needs its own id."
+            )
         if row.get("patient_id") == "":
             raise ValueError(
                 f"{path.name}, line {row.line}: patient_id is empty; splits are by patient, so every row needs one."
@@ -323,6 +336,15 @@ def patient_of(row: dict[str, str]) -> str:
     return row.get("patient_id") or case_id(row)
 
 
+@contextlib.contextmanager
+def telling_the_cell(row: Row, column: str, table_path: Path) -> Iterator[None]:
+    """Put line and column before what is wrong with a cell."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{table_path.name}, line {row.line}, column {column!r}: {error}") from None
+
+
 def read_case(row, args, settings, texts, volumes, masks, validation, table_path) -> Case:
     """One row of the table as a case; what is missing becomes its skip reason."""
     name = case_id(row)
@@ -331,8 +353,10 @@ def read_case(row, args, settings, texts, volumes, masks, validation, table_path
     split = SPLIT_NAMES.get(row["split"].lower()) if "split" in row else None
     if "split" in row and split is None:
         raise ValueError(f"{table_path.name}, line {row.line}: split {row['split']!r} is none of {list(SPLITS)}.")
-    volume = find_volume(row.get("volume"), name, volumes)
-    mask = find_mask(row.get("mask"), name, masks, volume.place)
+    with telling_the_cell(row, "volume", table_path):
+        volume = find_volume(row.get("volume"), name, volumes)
+    with telling_the_cell(row, "mask", table_path):
+        mask = find_mask(row.get("mask"), name, masks, volume.place)
     numbering = numbering_key(row.get("numbering") or args.numbering, args.numbering)
     if mask.is_absent and args.segment:
         mask = mask._replace(place=args.segment_out / f"{name}.nii.gz", reason=None)

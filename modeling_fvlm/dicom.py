@@ -472,7 +472,7 @@ def _choose(place: Path, contents: _Contents, series_uid: str | None) -> tuple[l
         if not usable:
             raise BadVolumeError(
                 f"no series has the series_uid that was asked for. It holds {_listed(series)}; find_series tells "
-                "their uids."
+                "their uids, and the column series of the folder builder's table takes their numbers, too."
             )
         if usable[0].unusable is not None:
             raise BadVolumeError(f"{usable[0].description} is no CT volume: {usable[0].unusable}")
@@ -481,8 +481,8 @@ def _choose(place: Path, contents: _Contents, series_uid: str | None) -> tuple[l
         raise BadVolumeError(f"it holds no CT volume. {' '.join(reasons[:8])}{' ...' if len(reasons) > 8 else ''}")
     if len(usable) > 1:
         raise BadVolumeError(
-            f"it holds {len(usable)} CT volumes: {_listed(usable)}. Give the series_uid of one (find_series tells "
-            "them), or a place for each."
+            f"it holds {len(usable)} CT volumes: {_listed(usable)}. Name one (by its number in the column series of "
+            "the folder builder's table; in Python by series_uid, which find_series tells), or give each its own place."
         )
     chosen = usable[0]
     notes = []

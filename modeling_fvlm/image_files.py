@@ -173,6 +173,8 @@ def open_nifti(path: str | Path, needs_orientation: bool = True) -> NiftiHeader:
 
     path = Path(path)
     start = _first_bytes(path, 540)
+    if not path.stat().st_size:
+        raise BadVolumeError(f"{path}: the file is empty. {FETCH_AGAIN}")
     header_class = _nifti_header_class(start)
     try:
         if header_class is None:
@@ -194,7 +196,8 @@ def open_nifti(path: str | Path, needs_orientation: bool = True) -> NiftiHeader:
     if needs_orientation and not has_orientation:
         raise BadVolumeError(
             f"{path}: the header holds no orientation (sform_code and qform_code are 0): left and right are unknown. "
-            "Take the release with corrected headers (for CT-RATE: *_fixed), or give the affine."
+            "Take the release with corrected headers (for CT-RATE: *_fixed), write the orientation into the file, or "
+            "give the affine in Python."
         )
     if offset > MAX_EXTRA_BYTES:
         raise BadVolumeError(f"{path}: the voxels are said to start at byte {offset}: damaged. {FETCH_AGAIN}")
@@ -365,7 +368,8 @@ def _open_itk(path: Path, kind: str, needs_orientation: bool):
     if needs_orientation and not has_orientation:
         raise BadVolumeError(
             f"{path}: the header holds no orientation (NRRD: 'space directions' in a 'space' of LPS, RAS or LAS; "
-            "MetaImage: 'TransformMatrix'): left and right are unknown. Export the series again, or give the affine."
+            "MetaImage: 'TransformMatrix'): left and right are unknown. Export the series again, or give the affine in "
+            "Python."
         )
     SimpleITK = _simple_itk(path)
     reader = SimpleITK.ImageFileReader()

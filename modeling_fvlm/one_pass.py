@@ -62,7 +62,10 @@ class NiftiSlices:
         stored = self.header.shape
         while len(stored) > 3 and stored[-1] == 1:  # one volume stored as a series of one
             stored = stored[:-1]
-        self.turn, self.spacing, self.affine = turn_to_lps(stored, self.header.affine)
+        try:
+            self.turn, self.spacing, self.affine = turn_to_lps(stored, self.header.affine)
+        except BadVolumeError as error:
+            raise BadVolumeError(f"{self.path}: {error}") from error
         self.stored_shape, self.shape = stored, tuple(stored[axis] for axis in self.turn.order)
         self.is_along_depth = self.turn.order[0] == 2
 
