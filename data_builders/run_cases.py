@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import platform
 import re
 import signal
 import tempfile
@@ -86,22 +87,29 @@ def prepare_case(case: Case, settings: Settings) -> BuiltRow:
             scan, notes = read_scan(case, settings, *places)
     except SourceGoneError:
         kind = "mask" if places else "volume"
-        return BuiltRow(case.recon_id, skip_reason=f"the {kind} file {VANISHED}", is_vanished=True)
+        return vanished(case, kind)
     except (ValueError, FileNotFoundError) as error:
         for kind, file in (("volume", case.volume), ("mask", case.mask)):
             if isinstance(file, Path) and not file.exists():  # taken away between two looks at it
-                return BuiltRow(case.recon_id, skip_reason=f"the {kind} file {VANISHED}", is_vanished=True)
+                return vanished(case, kind)
         return BuiltRow(case.recon_id, skip_reason=say(str(error)))
     except ImportError as error:  # pydicom and the like: not one case of its kind could be read
         return BuiltRow(case.recon_id, stop_reason=str(error))
     except OSError as error:
         if is_disk_full(error):
-            temporary = tempfile.gettempdir()
-            return BuiltRow(
-                case.recon_id, stop_reason=f"{temporary} is full; let TMPDIR name a folder on another disk."
-            )
+            return BuiltRow(case.recon_id, stop_reason=temporary_disk_is_full())
         return BuiltRow(case.recon_id, stop_reason=f"{case.recon_id}: {say(str(error))}")
     return make_row(case, settings, scan, tuple(say(note) for note in notes))
+
+
+def temporary_disk_is_full() -> str:
+    return f"{tempfile.gettempdir()} is full; let TMPDIR name a folder on another disk."
+
+
+def vanished(case: Case, kind: str) -> BuiltRow:
+    """What is told of a case whose volume or mask is gone, as seen from this machine."""
+    reason = f"the {kind} file {VANISHED}"
+    return BuiltRow(case.recon_id, skip_reason=reason, is_vanished=True, machine=platform.node())
 
 
 def read_scan(case: Case, settings: Settings, volume_path: Path, mask_path: Path) -> tuple[PreparedScan, Sequence[str]]:
@@ -227,12 +235,15 @@ def told(text: str, case: Case, places: Sequence[Path], is_hashed: bool) -> str:
 
 
 class SourceWatch:
-    """Tells a file that was taken away, whose case is skipped, from a source that is gone, which stops the build."""
+    """Tells a file that was taken away, whose case is skipped, from a source that is gone, or that one of the machines
+    does not see, which stops the build.
+    """
 
     def __init__(self, cases: Sequence[Case]) -> None:
         by_split = [[case for case in cases if case.split == split] for split in {case.split for case in cases}]
         roots = {common_folder(members, kind) for members in by_split for kind in ("volume", "mask")}
         self.roots = sorted(root for root in roots if root is not None)
+        self.cases = {case.recon_id: case for case in cases}
         self.vanished_in_a_row = 0
 
     def check(self, item: BuiltRow) -> BuiltRow:
@@ -245,6 +256,17 @@ class SourceWatch:
             raise BuildStopped(f"{item.stop_reason} {AGAIN}")
         self.vanished_in_a_row = self.vanished_in_a_row + 1 if item.is_vanished else 0
         if item.is_vanished:
+            case = self.cases[item.recon_id]
+            files = [file for file in (case.volume, case.mask) if isinstance(file, Path)]
+            if files and all(file.exists() for file in files):
+                here = platform.node()
+                if item.machine == here and files[0].is_absolute():
+                    raise BuildStopped(f"the files of {item.recon_id} were gone and are there again. {AGAIN}")
+                raise BuildStopped(
+                    f"a worker on {item.machine} does not see the files of {item.recon_id}, which are there on {here}: "
+                    "mount the source under the same path on every machine that prepares cases, and give an absolute "
+                    f"path. {AGAIN}"
+                )
             for root in self.roots:
                 # A disk or a share that is not mounted any more leaves an empty folder.
                 if not (root.is_dir() and any(root.iterdir())):

@@ -122,14 +122,16 @@ def print_summary(manifest: dict) -> None:
             table.add_row(kind, *(str(counts[split]) for split in splits))
     console.print(table)
 
-    organs = Table(title="organs: in the mask / mentioned / abnormal")
-    organs.add_column("")
-    for split in splits:
-        organs.add_column(split, justify="right")
-    for organ in manifest["settings"]["organ_set"]["organs"]:
-        counts = [content["organs"][organ] for content in splits.values()]
-        organs.add_row(organ, *(f"{c['present']} / {c['mentioned']} / {c['abnormal']}" for c in counts))
-    console.print(organs)
+    has_rows = any(content["rows"] for content in splits.values())
+    if has_rows:  # else there is nothing but zeros to show, and the reasons are what is looked for
+        organs = Table(title="organs: in the mask / mentioned / abnormal")
+        organs.add_column("")
+        for split in splits:
+            organs.add_column(split, justify="right")
+        for organ in manifest["settings"]["organ_set"]["organs"]:
+            counts = [content["organs"][organ] for content in splits.values()]
+            organs.add_row(organ, *(f"{c['present']} / {c['mentioned']} / {c['abnormal']}" for c in counts))
+        console.print(organs)
 
     if excluded:
         kinds = Counter(kind_of(entry["reason"]) for entry in excluded)
@@ -148,6 +150,13 @@ def print_summary(manifest: dict) -> None:
             console.print(f"  skipped {entry['case']}: {entry['reason']}", style="yellow", markup=False)
         if len(skipped) > 8:
             console.print("  ... all of them in manifest.json, key `skipped`", style="yellow", markup=False)
+        if manifest["settings"].get("ids") == "hashed":
+            console.print(
+                "  Which of your cases these are stands in the table that the same build with --id_key FILE writes "
+                "(outside the split).",
+                style="yellow",
+                markup=False,
+            )
     duplicates = manifest.get("duplicates", ())  # splits from before there was such a key have none
     if duplicates:
         console.print(
@@ -169,7 +178,7 @@ def print_summary(manifest: dict) -> None:
         for o in manifest["settings"]["organ_set"]["organs"]
         if not any(c["organs"][o]["present"] for c in splits.values())
     ]
-    if never and any(content["rows"] for content in splits.values()):
+    if never and has_rows:
         console.print(
             f"in no mask: {', '.join(never)}. Right if the scans show another region; else the numbering is wrong.",
             style="yellow",
