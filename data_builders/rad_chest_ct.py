@@ -3,7 +3,8 @@
 An evaluation split (imgvalid and imgtest become `validation`, imgtrain `train`), with masks made beforehand:
     python -m data_builders rad_chest_ct --source RAD-ChestCT --masks masks --out out/rad_chest_ct --organs chest_4
 
-TotalSegmentator reads no npz. This writes the volumes as NIfTI into --out, by the geometry below, and stops:
+TotalSegmentator reads no npz. This writes the volumes as NIfTI into --out, by the geometry below, and stops (if it was
+broken off, the same command continues):
     python -m data_builders rad_chest_ct --source RAD-ChestCT --out scans --nifti
 
 All scans in one split, as a test set for models that were trained on something else:
@@ -43,14 +44,16 @@ import numpy as np
 import yaml
 
 from modeling_fvlm.organs import NUMBERINGS, STRUCTURE_NAMES
-from modeling_fvlm.reading import BadVolumeError, Volume, read_volume
+from modeling_fvlm.reading import BadVolumeError, Volume, notes_alone, read_volume
 
 from .build import add_build_arguments, build, console, settings_from_args
-from .cases import Case, check_columns, nearest, read_csv, read_label
+from .cases import Case, check_columns, counted, nearest, read_csv, read_label
 from .folder_files import find_mask, list_archive
-from .run_cases import STRUCTURES
+from .progress import is_disk_full, open_source, stopping_cleanly
+from .run_cases import STRUCTURES, SourceWatch, temporary_disk_is_full, vanished
 from .segment import as_stored
-from .sources import RemoteFile, Source, local_copy
+from .shards import BuiltRow, replace_durably
+from .sources import RemoteFile, Source, SourceGoneError, local_copy
 
 SETS = ("imgtrain", "imgvalid", "imgtest")
 LABEL_TABLE = "{}_Abnormality_and_Location_Labels.csv"
@@ -259,11 +262,11 @@ def check_geometry(cases: Sequence[Case], orientation: str, count: int) -> str:
     """
     sides = []
     for case in [case for case in cases if case.skip_reason is None][:count]:
-        with local_copy(case.volume) as path:
-            try:
+        try:
+            with notes_alone(), local_copy(case.volume) as path:
                 volume = read_volume(path, np.array(case.affine))
-            except BadVolumeError:  # the build says it of this case
-                continue
+        except (BadVolumeError, SourceGoneError):  # the build says it of this case
+            continue
         _, height, width = volume.array.shape
         if height != width:
             raise ValueError(
@@ -400,30 +403,66 @@ def the_file(
 
 
 def write_nifti(cases: Sequence[Case], folder: Path) -> int:
-    """Write volumes as NIfTI under their ids; returns the exit status. What is there is not written again."""
-    import nibabel
+    """Write volumes as NIfTI under their ids; returns the exit status. What is there is not written again.
+
+    Raises:
+        BuildStopped: If a disk is full or the source is gone; the same command continues.
+    """
     from rich.progress import track
 
     folder.mkdir(parents=True, exist_ok=True)
-    written = 0
+    written, told = 0, {case.recon_id: case.skip_reason for case in cases if case.skip_reason is not None}
+    watch = SourceWatch(cases)
     for case in track(cases, "writing NIfTI", console=console):
         target = folder / f"{case.recon_id}.nii.gz"
-        if case.volume is None or target.exists():
+        if case.recon_id in told or target.exists():
             continue
-        temporary = target.with_name(f".{target.name}")  # must end in .nii.gz, or nibabel does not compress
-        try:
-            with local_copy(case.volume) as path:
-                volume = read_volume(path, np.array(case.affine))
-            image = nibabel.Nifti1Image(np.ascontiguousarray(volume.array.T), as_stored(volume.affine))
-            nibabel.save(image, temporary)
-            os.replace(temporary, target)
-            written += 1
-        except BadVolumeError as error:
-            console.print(f"  skipped {case.recon_id}: {error}", style="yellow", markup=False)
-        finally:
-            temporary.unlink(missing_ok=True)
-    console.print(f"{written} volumes written to {folder}; segment them, and give the masks as --masks", soft_wrap=True)
+        item, volume = read_for_nifti(case)
+        watch.check(item)
+        if volume is None:
+            told[case.recon_id] = item.skip_reason
+            continue
+        save_nifti(volume, target)
+        written += 1
+        for note in volume.notes:
+            console.print(f"  check {case.recon_id}: {note}", style="yellow", markup=False)
+    for name, reason in told.items():
+        console.print(f"  skipped {name}: {reason}", style="yellow", markup=False)
+    console.print(
+        f"{counted(written, 'volume')} written to {folder}, {len(told):,} skipped; segment them, and give the masks as "
+        "--masks",
+        soft_wrap=True,
+        markup=False,
+    )
     return 0 if any(folder.glob("*.nii.gz")) else 1
+
+
+def read_for_nifti(case: Case) -> tuple[BuiltRow, Volume | None]:
+    """What came of reading one volume, told as a build tells it, and the volume."""
+    try:
+        with notes_alone(), local_copy(case.volume) as place:
+            folder = f"{place.parent}{os.sep}"
+            return BuiltRow(case.recon_id), read_volume(place, np.array(case.affine))
+    except SourceGoneError:
+        return vanished(case, "volume"), None
+    except ValueError as error:
+        return BuiltRow(case.recon_id, skip_reason=str(error).replace(folder, "")), None
+    except OSError as error:
+        if is_disk_full(error):  # of the copy from a remote source: --out is not written to here
+            return BuiltRow(case.recon_id, stop_reason=temporary_disk_is_full()), None
+        return BuiltRow(case.recon_id, stop_reason=f"{case.recon_id}: {error}"), None
+
+
+def save_nifti(volume: Volume, target: Path) -> None:
+    """Write a volume so that it is there whole or not at all."""
+    import nibabel
+
+    temporary = target.with_name(f".{target.name}")  # must end in .nii.gz, or nibabel does not compress
+    try:
+        nibabel.save(nibabel.Nifti1Image(np.ascontiguousarray(volume.array.T), as_stored(volume.affine)), temporary)
+        replace_durably(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -437,13 +476,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--check {args.check} must be at least 0.")
     affine = affine_of(args.stored_orientation, args.stored_spacing)
     label_map = load_label_map()
-    source = Source(args.source)
+    source = open_source(args.source, args.out)
     splits = {"train": args.train_sets, "validation": args.validation_sets}
     cases = find_cases(source, args.masks, splits, label_map, affine, args.numbering)
     if args.nifti:
-        # Before days of segmentation, not after them.
-        console.print(check_geometry(cases, args.stored_orientation, args.check), soft_wrap=True)
-        return write_nifti(cases, args.out)
+        with stopping_cleanly(args.out):
+            # Before days of segmentation, not after them.
+            console.print(check_geometry(cases, args.stored_orientation, args.check), soft_wrap=True)
+            return write_nifti(cases, args.out)
     numberings: dict = {args.numbering: args.numbering}
     if any(case.numbering == STRUCTURES for case in cases):
         numberings[STRUCTURES] = dict(enumerate(STRUCTURE_NAMES, start=1))

@@ -1,6 +1,9 @@
 """The RAD-ChestCT builder: npz volumes by an assumed geometry, labels collapsed over locations, no reports."""
 
+import errno
 import json
+import os
+import signal
 
 import nibabel
 import numpy as np
@@ -8,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_release import arrays, write_csv
 
+from data_builders import rad_chest_ct
 from data_builders.__main__ import main
 from data_builders.rad_chest_ct import (
     LABEL_MAP,
@@ -298,9 +302,82 @@ def test_volumes_are_written_as_nifti_for_segmentation(release, tmp_path, capsys
     before = {path: path.stat().st_mtime_ns for path in scans.iterdir()}
     (scans / "tst00001.nii.gz").unlink()
     assert run(release, scans, "--nifti") == 0
-    assert "1 volumes written" in capsys.readouterr().out
+    assert "1 volume written" in capsys.readouterr().out
     changed = [path.name for path in scans.iterdir() if path.stat().st_mtime_ns != before[path]]
     assert changed == ["tst00001.nii.gz"]
+
+
+def writing_stops(release, scans, capsys, monkeypatch, action) -> str:
+    """--nifti during which something happens before the second volume: status 2, the first stays; what it says."""
+    read, seen = rad_chest_ct.read_for_nifti, []
+
+    def disturbed(case):
+        if seen:
+            action(patch)
+        seen.append(case)
+        return read(case)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rad_chest_ct, "read_for_nifti", disturbed)
+        assert run(release, scans, "--nifti") == 2
+    assert [path.name for path in scans.iterdir()] == ["trn00001.nii.gz"], "nothing half written"
+    message = capsys.readouterr().err
+    assert "What is finished stays; run the same command again to continue." in message
+    return message
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_writing_nifti_stops_cleanly_at_a_signal(release, tmp_path, capsys, monkeypatch, number):
+    handler, scans = signal.getsignal(signal.SIGTERM), tmp_path / "scans"
+    message = writing_stops(release, scans, capsys, monkeypatch, lambda patch: os.kill(os.getpid(), number))
+    assert message.startswith("error: stopped by a signal.") and signal.getsignal(signal.SIGTERM) == handler
+    assert run(release, scans, "--nifti") == 0
+    assert len(list(scans.iterdir())) == 4 and "3 volumes written" in capsys.readouterr().out
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_writing_nifti_stops_cleanly_on_a_full_disk(release, tmp_path, capsys, monkeypatch):
+    def half(image, path):
+        path.write_bytes(b"half")
+        no_space()
+
+    scans = tmp_path / "scans"
+    message = writing_stops(release, scans, capsys, monkeypatch, lambda patch: patch.setattr(nibabel, "save", half))
+    assert f"the disk of --out {scans} is full" in message and "Free some space there first" in message
+
+
+def test_writing_nifti_tells_where_copies_of_a_remote_source_have_no_space(release, tmp_path, capsys, monkeypatch):
+    action = lambda patch: patch.setattr(rad_chest_ct, "local_copy", no_space)  # noqa: E731
+    message = writing_stops(release, tmp_path / "scans", capsys, monkeypatch, action)
+    assert "let TMPDIR name a folder on another disk" in message
+
+
+def test_writing_nifti_stops_when_the_source_goes(release, tmp_path, capsys, monkeypatch):
+    images = release / "images"
+    action = lambda patch: images.rename(tmp_path / "taken")  # noqa: E731
+    assert f"the source {images} is gone" in writing_stops(release, tmp_path / "scans", capsys, monkeypatch, action)
+
+
+def test_one_volume_that_goes_or_is_broken_is_skipped(release, tmp_path, capsys, monkeypatch):
+    read, images = rad_chest_ct.read_for_nifti, release / "images"
+
+    def disturbed(case):
+        if case.recon_id == "tst00001":
+            case.volume.unlink()
+        return read(case)
+
+    monkeypatch.setattr(rad_chest_ct, "read_for_nifti", disturbed)
+    (images / "val00001.npz").write_bytes(b"PK\x03\x04 cut short")
+    (images / "trn00001.npz").unlink()
+    assert run(release, tmp_path / "scans", "--nifti") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "skipped tst00001: the volume file was there when the build began, and is gone" in printed
+    assert "skipped val00001: val00001.npz: cut short or damaged" in printed and str(images) not in printed
+    assert "skipped trn00001: volume file is missing" in printed and "1 volume written" in printed
+    assert [path.name for path in (tmp_path / "scans").iterdir()] == ["trn00002.nii.gz"]
 
 
 # What is missing or broken
