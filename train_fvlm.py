@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ from training_fvlm.adapt import merge_adapter, plan_adapting, write_adapter
 from training_fvlm.arguments import Settings, SettingsError, parse_settings
 from training_fvlm.build import build_model, centre_projections, outline_model
 from training_fvlm.callbacks import CurveCallback
-from training_fvlm.collator import FVLMCollator
+from training_fvlm.co_teaching import PeerTrainer, peer_arguments, peer_collator
+from training_fvlm.collator import FVLMCollator, objective_options
 from training_fvlm.curves import draw_if_logged
 from training_fvlm.data import (
     ProcessedSplit,
@@ -54,9 +56,11 @@ from training_fvlm.data import (
     load_split,
     read_description,
 )
+from training_fvlm.label_task import LabelTask, check_labels, read_label_task
 from training_fvlm.model_card import render_card
+from training_fvlm.objective_settings import OBJECTIVE_FIELDS, organ_numbers
 from training_fvlm.organ_losses import last_rows
-from training_fvlm.start import read_start
+from training_fvlm.start import Start, read_start
 from training_fvlm.text import check_vocabulary
 from training_fvlm.trainer import FVLMTrainer
 
@@ -78,6 +82,7 @@ RESUMED_SETTINGS = (
     *(f"training.{name}" for name in ("weight_decay_everywhere", "skip_inactive_organs", "published_gradient_scale")),
     *(f"training.{name}" for name in ("lora", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "freeze")),
     *(f"training.{name}" for name in ("layer_lr_decay", "vision_lr_scale", "text_lr_scale")),
+    *(f"training.{name}" for name in OBJECTIVE_FIELDS),
     "training.attn_implementation",
 )
 
@@ -107,7 +112,8 @@ def train(settings: Settings) -> None:
     start = None if data.init_from is None else read_start(data.init_from, settings.model, description)
     if args.adapts:  # what --lora, --freeze and the rates name must be there: asked before a volume is read
         plan_adapting(outline_model(settings.model, description, start), args)
-    train_dataset, eval_dataset = load_datasets(settings)
+    label_task = read_objective(settings, description.organs)
+    train_dataset, eval_dataset = load_datasets(settings, start, label_task)
 
     # Model
     resumed = args.resume_from_checkpoint
@@ -137,16 +143,34 @@ def train(settings: Settings) -> None:
 
     # Trainer
     flips = {"flip_axes": data.flip_axes, "flip_probability": data.flip_probability}
+    train_collator = FVLMCollator(
+        is_random=data.random_crop, **flips, **crop, **objective_options(args, model.config, label_task)
+    )
+    peer = None
+    if args.uses("co_teaching"):
+        section = settings.model | {"windows": model.config.windows}  # as they were measured
+        build_second = partial(
+            build_model,
+            section,
+            description,
+            train_dataset,
+            window_volumes=data.window_volumes,
+            tokenizer=processor.tokenizer,
+            start=start,
+        )
+        peer = make_peer(settings, build_second, train_dataset, train_collator, label_task)
     trainer = FVLMTrainer(
         model,
         args,
         train_dataset=train_dataset,
-        train_collator=FVLMCollator(is_random=data.random_crop, **flips, **crop),
+        train_collator=train_collator,
         eval_dataset=eval_dataset,
         eval_collator=FVLMCollator(is_random=False, **crop),
         processor=processor,
         zero_shot=zero_shot_evaluation(settings, model.config, processor) if data.eval_tasks else None,
         base=public_name(data.init_from) if data.init_from else "",
+        label_task=label_task,
+        peer=peer,
         callbacks=[CurveCallback()],
     )
     backend = gemm_backend_of_run(trainer)
@@ -182,12 +206,29 @@ def train(settings: Settings) -> None:
     trainer.end()
 
 
-def load_datasets(settings: Settings) -> tuple[ProcessedSplit, ProcessedSplit | None]:
+def read_objective(settings: Settings, organs: Sequence[str]) -> LabelTask | None:
+    """See that what the objective names of organs is there, before any data is read; the findings of --label_task."""
+    args = settings.training
+    try:
+        for option in ("organ_label_smoothing", "organ_token_dropout"):
+            organ_numbers(getattr(args, option), organs, f"--{option}")
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    return read_label_task(args.label_task, organs) if args.uses("labels") else None
+
+
+def load_datasets(
+    settings: Settings, start: Start | None = None, label_task: LabelTask | None = None
+) -> tuple[ProcessedSplit, ProcessedSplit | None]:
     """The training rows, captions shuffled in the control, and the evaluation rows unless --eval_strategy is no."""
     args, data = settings.training, settings.data
+    model = settings.model if start is None else start.model
+    reports = ["findings", "impression"] if model.get("volume_pooling", "none") != "none" else []
+    more = reports + (["labels"] if label_task is not None else [])
     # The first process converts Parquet to a memory-mapped table; the others then find it.
     with args.main_process_first(desc="loading the data set"):
-        rows = load_split(data.data, data.train_split, revision=data.data_revision, max_rows=data.max_train_rows)
+        options = {"revision": data.data_revision, "max_rows": data.max_train_rows, "more": more}
+        rows = load_split(data.data, data.train_split, **options)
         eval_rows = None
         if args.eval_strategy != "no":
             try:
@@ -202,10 +243,50 @@ def load_datasets(settings: Settings) -> tuple[ProcessedSplit, ProcessedSplit | 
             "(--contrastive_batch_size, or --per_device_train_batch_size times processes). Lower that, or give the "
             "split more training patients: a smaller --validation_fraction when it is built, for instance."
         )
+    where, spoken = f"{data.data}, split {data.train_split}", ProcessedSplit(rows).captions
+    if reports and not any(row["findings"] or row["impression"] for row in spoken):
+        raise SettingsError(f"{where} has no report: leave --model.volume_pooling out.")
+    if label_task is not None:
+        check_labels(label_task, (row["labels"] for row in spoken), where)
     caption_rows = None
     if data.shuffle_captions:
         caption_rows = caption_rows_of_other_patients(list(rows["patient_id"]), args.seed)
     return ProcessedSplit(rows, caption_rows), None if eval_rows is None else ProcessedSplit(eval_rows)
+
+
+def make_peer(
+    settings: Settings,
+    build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]],
+    train_dataset: ProcessedSplit,
+    train_collator: FVLMCollator,
+    label_task: LabelTask | None,
+) -> PeerTrainer:
+    """The second model of --targets co_teaching, from another seed, and its trainer.
+
+    Args:
+        settings: Of the run.
+        build: Makes the model.
+        train_dataset, train_collator, label_task: Those of the first model.
+    """
+    args, data = settings.training, settings.data
+    of_peer = peer_arguments(args)
+    set_seed(of_peer.seed)
+    model, processor = build()
+    if data.centring_rows and not args.resume_from_checkpoint:
+        centred = FVLMCollator(processor.tokenizer, model.config, is_random=False)
+        centre_projections(model, centred, train_dataset, data.centring_rows)
+    set_attention(model, args.attn_implementation)
+    if data.init_from is not None:
+        logger.warning("--targets co_teaching: both models start from --init_from; only their data's order differs.")
+    set_seed(args.seed)
+    return PeerTrainer(
+        model,
+        of_peer,
+        train_dataset=train_dataset,
+        train_collator=peer_collator(train_collator, of_peer),
+        base=public_name(data.init_from) if data.init_from else "",
+        label_task=label_task,
+    )
 
 
 def zero_shot_evaluation(
@@ -314,7 +395,7 @@ def check_same_run(settings: Settings, checkpoint: str) -> None:
     a setting that an older run.json does not hold.
     """
     saved = _flat(recorded_run(checkpoint))
-    now = _flat(json.loads(json.dumps(resolved_settings(settings), default=str)))
+    now = _flat(without_folders(json.loads(json.dumps(resolved_settings(settings), default=str))))
     options = {"data_name": "--data", "processes": "number of processes"}
     differing = [
         f"{options.get(name) or '--' + name.partition('.')[2]}: {now[name]!r} here, {saved[name]!r} there"

@@ -114,7 +114,7 @@ def whole_graph(trainer, batches, contrast_number: int) -> tuple[float, dict[str
     live |= text_embeddings(torch.stack(table), {"caption_index": torch.cat(index)})
     names = ("caption_hash", "is_abnormal", "is_valid")
     fixed = {name: torch.cat(parts) for name, parts in zip(names, zip(*fixed))}
-    loss = trainer.objective(live, fixed, {"logit_scale": model.temperature()}).loss
+    loss = trainer.objective(live, fixed, model.temperature(), step=0, progress=0.0).loss
     loss.backward()
     return float(loss), {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
 

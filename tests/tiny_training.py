@@ -7,7 +7,8 @@ from transformers import set_seed
 
 from modeling_fvlm import FVLMConfig, FVLMModel, FVLMProcessor
 from training_fvlm.arguments import FVLMTrainingArguments
-from training_fvlm.collator import FVLMCollator
+from training_fvlm.co_teaching import PeerTrainer, peer_arguments, peer_collator
+from training_fvlm.collator import FVLMCollator, objective_options
 from training_fvlm.data import ProcessedSplit
 from training_fvlm.text import text_config_from_scratch, train_tokenizer
 from training_fvlm.trainer import FVLMTrainer
@@ -67,6 +68,7 @@ def tiny_trainer(
     fields: dict | None = None,
     zero_shot=None,
     callbacks=None,
+    finding_task=None,
     **arguments,
 ) -> FVLMTrainer:
     """A trainer over `rows`; `fields` go to the model's config, `arguments` to the training arguments."""
@@ -74,16 +76,32 @@ def tiny_trainer(
     defaults = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 3, "max_steps": 2, "logging_steps": 1}
     defaults |= {"learning_rate": 2e-3, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "seed": 0}
     args = FVLMTrainingArguments(output_dir=str(output_dir), **(defaults | arguments))
+    dataset = dataset_of(rows, caption_rows)
+    options = objective_options(args, model.config, finding_task)
+    collator = FVLMCollator(processor.tokenizer, model.config, is_random=is_random, **options)
+    peer = None
+    if args.uses("co_teaching"):
+        of_peer = peer_arguments(args)
+        second, _ = tiny_model(rows, seed=of_peer.seed, dropout=dropout, text_dropout=text_dropout, **(fields or {}))
+        peer = PeerTrainer(
+            second,
+            of_peer,
+            train_dataset=dataset,
+            train_collator=peer_collator(collator, of_peer),
+            label_task=finding_task,
+        )
     return FVLMTrainer(
         model,
         args,
-        train_dataset=dataset_of(rows, caption_rows),
-        train_collator=FVLMCollator(processor.tokenizer, model.config, is_random=is_random),
+        train_dataset=dataset,
+        train_collator=collator,
         eval_dataset=None if eval_rows is None else dataset_of(eval_rows),
         eval_collator=FVLMCollator(processor.tokenizer, model.config, is_random=False),
         processor=processor,
         zero_shot=zero_shot,
         callbacks=callbacks,
+        label_task=finding_task,
+        peer=peer,
     )
 
 

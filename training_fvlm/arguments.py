@@ -31,6 +31,8 @@ from transformers.utils import logging
 from modeling_fvlm.configuration_fvlm import ATTENTIONS, AXES, FVLMConfig, FVLMVisionConfig
 from modeling_fvlm.gemm import BACKENDS
 
+from .objective_settings import ObjectiveSettings
+
 logger = logging.get_logger(__name__)
 
 RECIPES = Path(__file__).resolve().parent.parent / "hub_configs" / "recipes"
@@ -169,7 +171,7 @@ class DataArguments:
 
 
 @dataclass
-class FVLMTrainingArguments(TrainingArguments):
+class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
     """The Trainer's arguments with the defaults this model needs; each help text names the departure."""
 
     _argument_group_name = "training (transformers.TrainingArguments)"
@@ -378,6 +380,7 @@ class FVLMTrainingArguments(TrainingArguments):
             raise SettingsError(f"--gemm_backend {self.gemm_backend!r} must be auto, {' or '.join(BACKENDS)}.")
         self._check_attention()
         self._check_adapting()
+        self._check_objective()
         if self.device.type == "cpu" and self.torch_compile:
             raise SettingsError(
                 "--torch_compile on a CPU compiles for minutes again and again, since captions and organs give every "
@@ -435,6 +438,24 @@ class FVLMTrainingArguments(TrainingArguments):
                 raise SettingsError(
                     f"--{tower}_lr_scale {scale} must be positive; to keep the tower as it is, --freeze {module}."
                 )
+
+    def _check_objective(self) -> None:
+        """Refuse an objective that cannot be meant, or not here."""
+        if faults := self.objective_faults():
+            raise SettingsError(faults[0])
+        if self.organ_sampling == "balanced" and self.train_sampling_strategy != "random":
+            raise SettingsError(
+                f"--organ_sampling balanced makes an order of its own: leave out --train_sampling_strategy "
+                f"{self.train_sampling_strategy}."
+            )
+        teachers = [target for target in ("momentum", "co_teaching") if self.uses(target)]
+        is_fsdp = bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+        is_sharded = is_fsdp or self.deepspeed_plugin is not None
+        if teachers and is_sharded:
+            raise SettingsError(
+                f"--targets {' '.join(teachers)} needs whole weights on every process: not with FSDP or DeepSpeed. One "
+                "GPU or DDP holds them."
+            )
 
     @property
     def adapts(self) -> bool:
@@ -683,6 +704,11 @@ def _check_combinations(data: DataArguments, training: FVLMTrainingArguments, mo
         raise SettingsError(
             f"--max_train_rows {data.max_train_rows} is less than one batch of {training.group_size} patients "
             f"({training.world_size} processes of {training.per_device_train_batch_size})."
+        )
+    if training.global_schedule != "constant" and model.get("volume_pooling", "none") == "none" and not data.init_from:
+        raise SettingsError(
+            f"--global_schedule {training.global_schedule} is for a model with a global branch: add "
+            "--model.volume_pooling attention (or mean)."
         )
     if data.eval_tasks and training.eval_strategy == "no":
         raise SettingsError("--eval_tasks without --eval_strategy steps or epoch would never be scored.")

@@ -59,7 +59,8 @@ def build_model(
     """
     text_attention_dropout = (model.get("text_encoder") or {}).get("attention_dropout")
     model = model if start is None else start.model
-    max_text_length = build_config(model, text_config={"model_type": "bert"}, organs=["organ"]).max_text_length
+    outline = build_config(model, text_config={"model_type": "bert"}, organs=["organ"])
+    max_text_length = max(outline.max_text_length, outline.max_report_length or 0)
     pretrained = None
     if start is not None:
         tokenizer = tokenizer or start.tokenizer
@@ -76,7 +77,8 @@ def build_model(
     positions = text_config.get("max_position_embeddings", math.inf)
     if max_text_length > positions:
         raise SettingsError(
-            f"model.max_text_length {max_text_length} is more than the text encoder's {positions} positions: lower it."
+            f"model.max_text_length or max_report_length {max_text_length} is more than the text encoder's {positions} "
+            "positions: lower it."
         )
 
     if text_attention_dropout is not None:
@@ -107,8 +109,6 @@ def build_model(
     return fvlm, FVLMProcessor.from_config(config, tokenizer)
 
 
-def set_attention_dropout(text_config: dict[str, Any], rate: float) -> None:
-    """Put the dropout of attention probabilities into the fields of a text config, whatever they call it.
 def outline_model(model: dict[str, Any], description: SplitDescription, start: Start | None = None) -> FVLMModel:
     """The model that `build_model` makes, without weights (on the device "meta") and without reading any data.
 
@@ -129,6 +129,8 @@ def outline_model(model: dict[str, Any], description: SplitDescription, start: S
         return FVLMModel(config)
 
 
+def set_attention_dropout(text_config: dict[str, Any], rate: float) -> None:
+    """Put the dropout of attention probabilities into the fields of a text config, whatever they call it.
 
     Raises:
         SettingsError: If such a text encoder has no such dropout.

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -31,14 +31,22 @@ from .collator import FVLMCollator
 from .contrast_batches import ContrastBatches, num_held_chunks
 from .data import EpochSampler, SplitRows
 from .durable import DurableTrainer, shielded
-from .embed import Embedded, embed
+from .embed import Embedded, embed, text_embeddings
 from .gather import gather_dict
 from .gradient_cache import GradientCache
+from .label_task import LabelTask
+from .objective import Objective, Terms
 from .organ_losses import EVAL_FILE, TRAIN_FILE, OrganLossFile, OrganLossRow, OrganLossWindow
+from .organ_sampling import BalancedSampler, read_abnormal_captions
 from .schedule import published_schedule
+from .teacher import MomentumTeacher, Teachers
 
-# Kept from weight decay beside norms and biases: positions and the temperature are no weights of a linear map.
-NO_DECAY_NAMES = ("position", "temperature")
+if TYPE_CHECKING:
+    from .co_teaching import PeerTrainer
+
+# Kept from weight decay beside norms and biases: positions, the temperature and the loss's variances are no weights of
+# a linear map.
+NO_DECAY_NAMES = ("position", "temperature", "variances")
 
 
 class FVLMTrainer(DurableTrainer):
@@ -53,6 +61,8 @@ class FVLMTrainer(DurableTrainer):
         zero_shot: Called with the model after each evaluation on the main process; returns numbers to log.
         write_card: Called to write README.md into the output folder.
         base: What the model may be called that --lora adapts.
+        label_task: Findings of the organs, for --targets labels.
+        peer: The second model's trainer, for --targets co_teaching.
         callbacks: As for `Trainer`.
     """
 
@@ -72,6 +82,8 @@ class FVLMTrainer(DurableTrainer):
         zero_shot: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         write_card: Callable[[], None] | None = None,
         base: str = "",
+        label_task: LabelTask | None = None,
+        peer: "PeerTrainer | None" = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.adaptation = adapt_model(model, args, base)
@@ -89,12 +101,29 @@ class FVLMTrainer(DurableTrainer):
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False
-        organs = list(self.accelerator.unwrap_model(self.model).config.organs)
+        of_run = self.accelerator.unwrap_model(self.model)
+        organs = list(of_run.config.organs)
         self.window = self.extra_state["organ_losses"] = OrganLossWindow(organs)
         self.watch.organs = organs
         self.temperature = math.nan
         self.step_organs: list[Tensor] = []  # of each micro-batch since the last optimizer step: the active organs
         self.cache = self._gradient_cache() if args.is_cached else None
+        self.abnormal = read_abnormal_captions(train_dataset, organs) if args.needs_abnormal_captions else None
+        self.objective = Objective(
+            of_run.config,
+            args,
+            num_abnormal=None if self.abnormal is None else self.abnormal.num_abnormal,
+            finding_of_organ=None if label_task is None else label_task.finding_of_organ,
+        )
+        if self.objective.has_state:
+            self.extra_state["objective"] = self.objective
+        self.terms = self.extra_state["terms"] = Terms()
+        self.teachers = Teachers()
+        if args.uses("momentum"):
+            self.teachers.momentum = self.extra_state["teacher"] = MomentumTeacher(of_run, args.teacher_momentum)
+        self.peer = peer
+        if peer is not None:
+            self.teachers.peer, peer.teachers.peer = peer.accelerator.unwrap_model(peer.model), of_run
         self.train_file = OrganLossFile(os.path.join(args.output_dir, TRAIN_FILE))
         self.eval_file = OrganLossFile(os.path.join(args.output_dir, EVAL_FILE))
         self.add_callback(_RunBookkeeping(self))
@@ -106,6 +135,10 @@ class FVLMTrainer(DurableTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         is_shuffled = self.args.train_sampling_strategy == "random"
         self.train_sampler = EpochSampler(len(dataset), seed, is_shuffled)
+        if self.args.organ_sampling == "balanced":
+            self.train_sampler = BalancedSampler(
+                self.abnormal, self.args.group_size, seed, self.args.organ_sampling_repeats
+            )
         return self.train_sampler
 
     def get_train_dataloader(self) -> DataLoader:
@@ -159,6 +192,10 @@ class FVLMTrainer(DurableTrainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Contrast this process's patients with those of all processes."""
         embedded = embed(model, inputs)  # (1)
+        embedded.fixed.update(self.teach_images(inputs))
+        if (taught := self.teach_texts(inputs)) is not None:
+            said = text_embeddings(taught, inputs)
+            embedded.fixed.update({f"teacher_{name}": embeds for name, embeds in said.items()})
         organ_loss = self.contrast_ranks(embedded, is_training=model.training)
         return (organ_loss.loss, embedded) if return_outputs else organ_loss.loss
 
@@ -166,27 +203,19 @@ class FVLMTrainer(DurableTrainer):
         """(2) and (3): gather what the loss reads, one collective for each number type, and contrast all patients."""
         live = gather_dict(embedded.live, with_gradient=True, keeps_other_ranks=not self.args.published_gradient_scale)
         fixed = gather_dict(embedded.fixed)
-        organ_loss = self.objective(live, fixed, embedded.parameters)
+        step = self.state.global_step
+        progress = step / max(self.state.max_steps, 1)
+        organ_loss = self.objective(live, fixed, **embedded.parameters, step=step, progress=progress)
         if is_training:
             is_abnormal, is_valid = fixed["is_abnormal"].bool(), fixed["is_valid"].bool()
             self.window.add(organ_loss, live["text_embeds"], fixed["caption_hash"], is_abnormal, is_valid)
             self.watch.note_contrast(fixed["row"], organ_loss.organ_losses, live["image_embeds"], live["text_embeds"])
+            self.objective.observe(organ_loss)
+            self.terms.add(organ_loss)
             if self.args.skip_inactive_organs:
                 self.step_organs.append(organ_loss.organ_is_active)
             self.temperature = 1 / embedded.parameters["logit_scale"].detach()
         return organ_loss
-
-    def objective(self, live: dict[str, Tensor], fixed: dict[str, Tensor], parameters: dict[str, Tensor]) -> OrganLoss:
-        """The loss of a contrast, from the tensors of all its patients (see embed.py)."""
-        return organ_contrastive_loss(
-            live["image_embeds"],
-            live["text_embeds"],
-            fixed["caption_hash"],
-            fixed["is_abnormal"].bool(),
-            fixed["is_valid"].bool(),
-            parameters["logit_scale"],
-            self.accelerator.unwrap_model(self.model).config.organ_reduction,
-        )
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
@@ -249,11 +278,21 @@ class FVLMTrainer(DurableTrainer):
 
     def teach_images(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a teacher says of the images of a chunk."""
-        return {}
+        with self.accelerator.autocast():
+            return self.teachers.teach_images(inputs)
 
     def teach_texts(self, inputs: dict[str, Tensor]) -> Tensor | None:
         """What a teacher says of texts."""
-        return None
+        with self.accelerator.autocast():
+            return self.teachers.teach_texts(inputs)
+
+    def end_step(self) -> None:
+        """After an optimizer step: what hangs on the steps that were done."""
+        self.objective.end_step(self.state.global_step, self.state.global_step / max(self.state.max_steps, 1))
+        if self.teachers.momentum is not None:
+            self.teachers.momentum.update(self.accelerator.unwrap_model(self.model))
+        if self.peer is not None:
+            self.peer.take_step()
 
     # The Trainer counts chunks as batches
 
@@ -351,6 +390,10 @@ class FVLMTrainer(DurableTrainer):
             logs.update(_summary(rows, self.window))
             logs["temperature"] = float(self.temperature)
             logs["group_size"] = self.args.group_size
+            logs.update(self.terms.means())
+            if self.peer is not None:
+                logs["peer_loss"] = self.peer.take_mean_loss()
+            self.terms.clear()
             self.window.clear()
             if self.is_world_process_zero():
                 self.train_file.append(rows)
@@ -467,6 +510,11 @@ class FVLMTrainer(DurableTrainer):
         if self.args.should_save and os.path.isfile(pickled):
             os.remove(pickled)
 
+    def _save_extra_state(self, folder: str) -> None:
+        super()._save_extra_state(folder)
+        if self.peer is not None:
+            self.peer.save(folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         of_run = self.accelerator.unwrap_model(self.model)
         if has_adapter(of_run) and not self.is_fsdp_enabled:
@@ -521,6 +569,9 @@ class _RunBookkeeping(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.window.clear()
         self.trainer.step_organs.clear()
+        self.trainer.terms.clear()
+        if self.trainer.peer is not None:
+            self.trainer.peer.begin(state.max_steps, state.global_step, self.trainer.resumed_from)
         if state.is_world_process_zero:
             self.trainer.train_file.keep_until(state.global_step)
             self.trainer.eval_file.keep_until(state.global_step)
@@ -529,6 +580,9 @@ class _RunBookkeeping(TrainerCallback):
         if args.skip_inactive_organs:
             self.trainer.forget_gradients_of_inactive_organs()
             self.trainer.step_organs.clear()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.end_step()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate tells the sampler the epoch itself, but loses sight of it behind two wrappers: in the first epoch
