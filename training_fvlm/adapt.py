@@ -332,21 +332,17 @@ def _digest(parameters: dict[str, Tensor]) -> str:
 # Adapters in files
 
 
-def adapter_state(model: PreTrainedModel, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def adapter_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors that make the base model this one, under the names that peft gives them.
 
     Beside the additions: all that stands outside the towers, whether trained or not (organs may have been added), and a
-    tower without additions that is trained.
-
-    Args:
-        model: With an adapter.
-        state_dict: Its state, where that had to be collected; None: taken from the model.
+    tower without additions that is trained. They are the model's own, not copies.
     """
-    state_dict = model.state_dict() if state_dict is None else state_dict
     whole = modules_in_full(model)
     return {
-        PEFT_PREFIX + name.replace(f".{ADAPTER}.", "."): tensor
-        for name, tensor in state_dict.items()
+        # DeepSpeed gives the temperature an axis (scaling.py); the base has none.
+        PEFT_PREFIX + name.replace(f".{ADAPTER}.", "."): tensor.view(()) if name == "temperature.value" else tensor
+        for name, tensor in model.state_dict().items()
         if is_of_adapter(name) or name.split(".")[0] in whole
     }
 
@@ -361,20 +357,17 @@ def modules_in_full(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def save_adapter(
-    model: PreTrainedModel, adaptation: Adaptation, folder: str | Path, state_dict: dict[str, Tensor] | None = None
-) -> None:
+def save_adapter(model: PreTrainedModel, adaptation: Adaptation, folder: str | Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`: what `PeftModel.from_pretrained` puts on the base.
 
     Args:
         model: With an adapter.
         adaptation: From `adapt_model`.
         folder: Made if it does not exist.
-        state_dict: As for `adapter_state`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model, state_dict).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
     # One entry: of several safetensors writes the order at random, and the same adapter would be other bytes.
     save_file(tensors, folder / ADAPTER_FILE, metadata={"base_digest": adaptation.digest})
     config = copy.copy(model.peft_config[ADAPTER])

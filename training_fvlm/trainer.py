@@ -499,7 +499,7 @@ class FVLMTrainer(DurableTrainer):
         if has_adapter(model):  # the base lies where it was taken from
             if self.args.should_save:
                 folder = output_dir or self.args.output_dir
-                save_adapter(model, self.adaptation, folder, state_dict)
+                save_adapter(model, self.adaptation, folder)
                 model.config.save_pretrained(folder)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
