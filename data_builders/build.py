@@ -176,7 +176,9 @@ def add_build_arguments(parser: argparse.ArgumentParser, organs: str, ids: str =
         "both (default: volumes).",
     )
     group.add_argument(
-        "--lexicon", default="english", help="Terms for report -> organ captions: english, or a YAML file."
+        "--lexicon",
+        default="english",
+        help="Terms for report -> organ captions: english, or a YAML file (default: english).",
     )
     group.add_argument(
         "--rows_per_shard",

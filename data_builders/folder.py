@@ -39,7 +39,8 @@ Columns of the table (--table, or the CSV of reports itself); only `id` or `volu
     report        id of the report in --reports, or of the scan in the files of captions; default: the id or scan_id
     caption:lung, abnormal:lung    ready caption of an organ, and 1 or 0 (default: judged from the caption's words)
     label:Pleural effusion         1, 0, -1 unknown, for evaluation
-Ids may be file names, with their ending. CSV: UTF-8, separated by commas, semicolons or tabs.
+Ids may be file names, with their ending. CSV: UTF-8, separated by commas, semicolons or tabs. What is told of broken
+input, and how each kind is mended, stands in docs/bad_input.md.
 JSON: a list of {"id", "findings", "impression"}, or {id: {...}}; with "organs": {organ: {"findings": [sentences],
 "impression": [sentences], "abnormal": true or false}} the captions are taken from there.
 """
@@ -106,13 +107,25 @@ CASES_TO_COMPARE = 8  # headers read to see whether volumes and masks store thei
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("source")
     group.add_argument(
-        "--volumes", type=Path, required=True, help="Folder of CT volumes: NIfTI, NRRD, MetaImage, DICOM; see above."
+        "--volumes",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="Folder of CT volumes: NIfTI, NRRD, MetaImage, DICOM; see above.",
     )
     group.add_argument(
-        "--masks", type=Path, help="Folder of masks, multilabel or by structure (default: the folder of the volumes)."
+        "--masks",
+        type=Path,
+        metavar="DIR",
+        help="Folder of masks, multilabel or by structure (default: the folder of the volumes).",
     )
-    group.add_argument("--reports", type=Path, help="CSV or JSON with reports or captions; see above.")
-    group.add_argument("--table", type=Path, help="CSV that says what belongs together (default: the CSV of reports).")
+    group.add_argument("--reports", type=Path, metavar="FILE", help="CSV or JSON with reports or captions; see above.")
+    group.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="CSV that says what belongs together (default: the CSV of reports).",
+    )
     group.add_argument(
         "--columns",
         nargs="+",
@@ -123,17 +136,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--desc_info",
         type=Path,
+        metavar="FILE",
         help="desc_info.json of the published release: what the findings say of each organ. Needs --conc_info.",
     )
     group.add_argument(
         "--conc_info",
         type=Path,
+        metavar="FILE",
         help="conc_info.json: what the impression says of each organ. An organ it speaks of is abnormal.",
     )
-    group.add_argument("--all_info", type=Path, help="Both in one file, as a fork of the release has them.")
+    group.add_argument(
+        "--all_info", type=Path, metavar="FILE", help="Both in one file, as a fork of the release has them."
+    )
     group.add_argument(
         "--numbering",
         default="totalsegmentator_v2",
+        metavar="NAME",
         help=f"Numbering of the masks: {', '.join(NUMBERINGS)}, or a YAML file of 'label: class or organ name' "
         "(default: totalsegmentator_v2). The wrong one gives wrong organs: look at the previews.",
     )
@@ -141,9 +159,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--validation_fraction",
         type=float,
         default=0.1,
+        metavar="PART",
         help="Part of the patients that goes to validation where the table has no column split (default: 0.1).",
     )
-    group.add_argument("--seed", type=int, default=0, help="Seed of that draw (default: 0).")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="Seed of that draw (default: 0).")
     segment.add_arguments(parser)
     add_build_arguments(parser, organs="body_24", ids="hashed")
 
