@@ -183,6 +183,31 @@ def test_log_lines_and_table_say_the_same(tmp_path):
                 assert 0 <= row.floor < row.chance
 
 
+@pytest.mark.parametrize("max_norm", [0.0, 1e-3])
+def test_gradient_norms_of_the_towers_are_those_before_clipping(tmp_path, max_norm):
+    plain = Gradients()
+    still = {"max_steps": 3, "logging_steps": 3, "learning_rate": 0.0}
+    tiny_trainer(tmp_path / "plain", ROWS, callbacks=[plain], max_grad_norm=0.0, **still).train()
+    trainer = tiny_trainer(tmp_path / "run", ROWS, max_grad_norm=max_norm, **still)
+    trainer.train()
+    parts = {
+        "vision": "vision_model.",
+        "text": "text_model.",
+        "pooling": "organ_pooling.",
+        "temperature": "temperature.",
+    }
+    line = lines(trainer)[0]
+    for tower, prefix in parts.items():
+        squares = [
+            sum(float(g.square().sum()) for name, g in step.items() if name.startswith(prefix)) for step in plain.steps
+        ]
+        assert line[f"grad_norm/{tower}"] == pytest.approx(math.sqrt(np.mean(squares)), rel=1e-4)
+        assert max(squares) > 0
+    everything = [sum(float(g.square().sum()) for g in step.values()) for step in plain.steps]
+    towers = [value for name, value in line.items() if name.startswith("grad_norm/")]
+    assert len(towers) == 5 and sum(value**2 for value in towers) == pytest.approx(np.mean(everything), rel=1e-4)
+
+
 def test_evaluation_contrasts_all_rows_in_groups_of_the_training_batch(tmp_path):
     rows = tiny_rows(11, seed=5)
     trainer = tiny_trainer(tmp_path, ROWS, eval_rows=rows)
@@ -210,6 +235,23 @@ def test_evaluation_contrasts_all_rows_in_groups_of_the_training_batch(tmp_path)
     for organ, total, count in zip(ORGANS, sums, active):
         assert count > 0
         assert metrics[f"eval_loss/{organ}"] == pytest.approx(float(total / count), abs=1e-4)
+    found = [row for row in OrganLossFile(tmp_path / EVAL_FILE).read() if row.step == 2]
+    for place, row in enumerate(found):
+        hits, guesses = [], []
+        for group in (order[:4], order[4:8]):
+            image, text, ids, is_abnormal, is_valid = (part[group][:, place] for part in everything)
+            asked = [i for i in range(4) if is_valid[i]]
+            positives = [
+                [bool(ids[i] == ids[j] or not (is_abnormal[i] or is_abnormal[j])) for j in asked] for i in asked
+            ]
+            if all(map(all, positives)):
+                continue
+            hits += [row[int((text[asked] @ image[i]).argmax())] for row, i in zip(positives, asked)]
+            guesses += [np.mean(row) for row in positives]
+        assert row.retrieval == pytest.approx(np.mean(hits)) and row.retrieval_chance == pytest.approx(np.mean(guesses))
+        assert metrics[f"eval_retrieval_at_1/{row.organ}"] == pytest.approx(row.retrieval, abs=1e-5)
+    assert metrics["eval_retrieval_at_1"] == pytest.approx(np.mean([row.retrieval for row in found]))
+    assert metrics["eval_retrieval_at_1_chance"] == pytest.approx(np.mean([row.retrieval_chance for row in found]))
     trainer.args.per_device_eval_batch_size = 5
     again = trainer.evaluate()
     assert again["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5), "the evaluation batch must not matter"

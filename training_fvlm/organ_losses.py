@@ -195,10 +195,6 @@ class OrganLossWindow:
             retrieval_chance=_share(sums.get("guesses", 0.0), sums.get("asked", 0.0)),
         )
 
-    def text_cosine(self) -> float:
-        """Mean over organs of the cosine between different captions, NaN if no organ had two."""
-        return mean_over_rows(self.rows(0, 0.0), "text_cosine")
-
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
@@ -323,7 +319,8 @@ class OrganLossFile:
                     row["organ"],
                     *(float(row[name] or math.nan) for name in columns[3:]),
                 )
-                for row in csv.DictReader(file)
+                # A run that was killed may have left half a line at the end.
+                for row in csv.DictReader(line for line in file if line.endswith("\n"))
             ]
 
 

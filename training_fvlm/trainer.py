@@ -34,9 +34,10 @@ from .durable import DurableTrainer, shielded
 from .embed import Embedded, embed, text_embeddings
 from .gather import gather_dict
 from .gradient_cache import GradientCache
+from .gradient_norms import GradientNorms
 from .label_task import LabelTask
 from .objective import Objective, Terms
-from .organ_losses import EVAL_FILE, TRAIN_FILE, OrganLossFile, OrganLossRow, OrganLossWindow
+from .organ_losses import EVAL_FILE, TRAIN_FILE, OrganLossFile, OrganLossRow, OrganLossWindow, mean_over_rows
 from .organ_sampling import BalancedSampler, read_abnormal_captions
 from .schedule import published_schedule
 from .teacher import MomentumTeacher, Teachers
@@ -47,6 +48,10 @@ if TYPE_CHECKING:
 # Kept from weight decay beside norms and biases: positions, the temperature and the loss's variances are no weights of
 # a linear map.
 NO_DECAY_NAMES = ("position", "temperature", "variances")
+# In a log line: name -> column of the organs' table.
+LOGGED_MEANS = {"chance": "chance", "floor": "floor", "text_cosine": "text_cosine"}
+LOGGED_MEANS |= {"retrieval_at_1": "retrieval", "retrieval_at_1_chance": "retrieval_chance"}
+LOGGED_OF_ORGANS = {"loss": "loss", "text_cosine": "text_cosine", "retrieval_at_1": "retrieval"}
 
 
 class FVLMTrainer(DurableTrainer):
@@ -104,6 +109,7 @@ class FVLMTrainer(DurableTrainer):
         of_run = self.accelerator.unwrap_model(self.model)
         organs = list(of_run.config.organs)
         self.window = self.extra_state["organ_losses"] = OrganLossWindow(organs)
+        self.gradient_norms = self.extra_state["gradient_norms"] = GradientNorms()
         self.watch.organs = organs
         self.temperature = math.nan
         self.step_organs: list[Tensor] = []  # of each micro-batch since the last optimizer step: the active organs
@@ -208,7 +214,13 @@ class FVLMTrainer(DurableTrainer):
         organ_loss = self.objective(live, fixed, **embedded.parameters, step=step, progress=progress)
         if is_training:
             is_abnormal, is_valid = fixed["is_abnormal"].bool(), fixed["is_valid"].bool()
-            self.window.add(organ_loss, live["text_embeds"], fixed["caption_hash"], is_abnormal, is_valid)
+            self.window.add(
+                organ_loss,
+                live["text_embeds"],
+                *(fixed["caption_hash"], is_abnormal, is_valid),
+                image_embeds=live["image_embeds"],
+                organ_state=fixed.get("organ_state"),
+            )
             self.watch.note_contrast(fixed["row"], organ_loss.organ_losses, live["image_embeds"], live["text_embeds"])
             self.objective.observe(organ_loss)
             self.terms.add(organ_loss)
@@ -382,12 +394,21 @@ class FVLMTrainer(DurableTrainer):
                 for parameter in parameters:
                     parameter.grad = None
 
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        """The norm of all gradients before clipping, which the Trainer logs; those of the towers are noted."""
+        total = super()._get_grad_norm(model, grad_norm)
+        is_scaled = getattr(self.accelerator, "scaler", None) is not None
+        self.gradient_norms.add(*self.watch.last_gradients, total if is_scaled else None)
+        return total
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the organs' losses of the window to the Trainer's log line and to the CSV file."""
         if "loss" in logs and self.window.num_batches:
             rows = self.window.rows(self.state.global_step, self.state.epoch or 0.0)
             logs["active_organs"] = sum(row.active for row in rows)
-            logs.update(_summary(rows, self.window))
+            logs.update(_summary(rows))
+            norms = self.gradient_norms.root_mean_squares(self.accelerator.reduce if self.is_fsdp_enabled else None)
+            logs.update({f"grad_norm/{tower}": norm for tower, norm in norms.items()})
             logs["temperature"] = float(self.temperature)
             logs["group_size"] = self.args.group_size
             logs.update(self.terms.means())
@@ -395,6 +416,7 @@ class FVLMTrainer(DurableTrainer):
                 logs["peer_loss"] = self.peer.take_mean_loss()
             self.terms.clear()
             self.window.clear()
+            self.gradient_norms.clear()
             if self.is_world_process_zero():
                 self.train_file.append(rows)
         super().log(logs, start_time)
@@ -415,7 +437,9 @@ class FVLMTrainer(DurableTrainer):
         processes or the evaluation batch, and can be compared with the training loss.
 
         Returns:
-            `eval_loss`, `eval_chance`, `eval_floor`, `eval_text_cosine`, `eval_loss/<organ>` and speed.
+            `eval_loss`, `eval_chance`, `eval_floor`, `eval_text_cosine`, `eval_retrieval_at_1` (how often the caption
+            nearest to an organ's image is a positive, in the same groups) beside what a guess gets,
+            `eval_retrieval_at_1_chance`; `eval_loss/<organ>` and the like for each organ; and speed.
         """
         self._memory_tracker.start()
         start_time = time.time()
@@ -484,12 +508,14 @@ class FVLMTrainer(DurableTrainer):
             organ_loss: OrganLoss = organ_contrastive_loss(
                 image_embeds[group], caption_embeds[group], *identity, logit_scale, config.organ_reduction
             )
-            window.add(organ_loss, caption_embeds[group], *identity)
+            window.add(
+                organ_loss, caption_embeds[group], *identity, image_embeds=image_embeds[group], with_retrieval=True
+            )
             losses.append(float(organ_loss.loss))
         rows = window.rows(self.state.global_step, self.state.epoch or 0.0)
         if self.is_world_process_zero():
             self.eval_file.append(rows)
-        summary = {f"{prefix}_{name}": value for name, value in _summary(rows, window).items()}
+        summary = {f"{prefix}_{name}": value for name, value in _summary(rows).items()}
         return {f"{prefix}_loss": sum(losses) / len(losses), **summary}
 
     # Saving
@@ -534,16 +560,15 @@ class FVLMTrainer(DurableTrainer):
             self.write_card()
 
 
-def _summary(rows: list[OrganLossRow], window: OrganLossWindow) -> dict[str, float]:
-    """What a log line says of a window; what is undefined in it (no organ was active) is left out."""
-    active = [row for row in rows if row.active]
-    summary = {f"loss/{row.organ}": round(row.loss, 5) for row in active}
-    if active:
-        summary["chance"] = sum(row.chance for row in active) / len(active)
-        summary["floor"] = sum(row.floor for row in active) / len(active)
-    if not math.isnan(cosine := window.text_cosine()):
-        summary["text_cosine"] = cosine
-    return summary
+def _summary(rows: list[OrganLossRow]) -> dict[str, float]:
+    """What a log line says of a window: means over organs, then organ by organ; what is undefined in it is left out."""
+    means = {name: mean_over_rows(rows, column) for name, column in LOGGED_MEANS.items()}
+    of_organs = {
+        f"{name}/{row.organ}": round(getattr(row, column), 5)
+        for name, column in LOGGED_OF_ORGANS.items()
+        for row in rows
+    }
+    return {name: value for name, value in (means | of_organs).items() if not math.isnan(value)}
 
 
 class _InTurn:
@@ -568,6 +593,7 @@ class _RunBookkeeping(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.window.clear()
+        self.trainer.gradient_norms.clear()
         self.trainer.step_organs.clear()
         self.trainer.terms.clear()
         if self.trainer.peer is not None:
