@@ -65,9 +65,9 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         self._before = {}
-        self._writer.close()  # the thread reads the end of it
+        self._writer.send(bytes(1))  # closing it is no end: workers that were forked hold it open
         self._thread.join()
-        self._reader.close()
+        self._writer.close(), self._reader.close()
 
     @property
     def name(self) -> str:
@@ -75,9 +75,9 @@ class StopSignals:
         return signal.Signals(self.number).name if self.number else ""
 
     def _listen(self) -> None:
-        while data := self._reader.recv(1):
-            if data[0] in SIGNALS:  # others come along, too
-                self._note(data[0])
+        while number := self._reader.recv(1)[0]:
+            if number in SIGNALS:  # others come along, too
+                self._note(number)
 
     def _note(self, number: int) -> None:
         now = time.monotonic()
