@@ -14,7 +14,8 @@ STAND_INS = {
         SLURM_PROCID=0 SLURM_LOCALID=0 "$@"; first=$?
         SLURM_PROCID=1 SLURM_LOCALID=1 "$@"; second=$?
         exit $((first > second ? first : second))""",
-    "python": 'echo "$RANK/$WORLD_SIZE on $MASTER_ADDR:$MASTER_PORT, $OMP_NUM_THREADS threads: $*" >> "$TOLD"; exit $STATUS',
+    "python": """echo "$RANK/$WORLD_SIZE on $MASTER_ADDR:$MASTER_PORT, $OMP_NUM_THREADS threads: $*" >> "$TOLD"
+        exit $STATUS""",
 }
 
 
