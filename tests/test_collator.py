@@ -22,7 +22,7 @@ from training_fvlm.data import (
     load_split,
     read_description,
 )
-from training_fvlm.organ_losses import ABNORMAL, CAPTIONED, PRESENT, WHOLE
+from training_fvlm.organ_losses import ABNORMAL, CAPTIONED, PRESENT, TEXT_BITS, WHOLE
 from training_fvlm.text import train_tokenizer
 
 PATCH = (2, 4, 8)
@@ -95,6 +95,8 @@ def test_centred_batch_equals_a_walk_over_voxels(config, tokenizer, number):
 
 def test_the_state_of_an_organ_tells_of_captions_that_are_left_out(config, tokenizer):
     rows = [addressed(tiny_row(number, cut=number == 0), number) for number in range(4)]
+    rows[3]["captions"][0] |= {"caption": rows[0]["captions"][0]["caption"], "is_abnormal": True}
+    rows[0]["captions"][0]["is_abnormal"] = False  # the same text, called normal here and abnormal there
     rows[1]["captions"] = [entry for entry in rows[1]["captions"] if entry["organ"] != "heart"]
     rows[2]["mask"] = encode_array(np.where(decode_volume(rows[2])[1] == 3, 0, decode_volume(rows[2])[1]))
     batch = FVLMCollator(tokenizer, config, is_random=False)(rows)
@@ -106,8 +108,13 @@ def test_the_state_of_an_organ_tells_of_captions_that_are_left_out(config, token
             assert bool(state[number, place] & WHOLE) == bool(batch["organ_is_complete"][number, place])
             assert bool(state[number, place] & CAPTIONED) == (organ in captions)
             assert bool(state[number, place] & ABNORMAL) == (organ in captions and captions[organ]["is_abnormal"])
+            for other, of_other in enumerate(rows):
+                texts = {entry["organ"]: entry["caption"] for entry in of_other["captions"]}
+                if organ in captions and organ in texts:
+                    is_same = bool(state[number, place] >> TEXT_BITS == state[other, place] >> TEXT_BITS)
+                    assert is_same == (captions[organ]["caption"] == texts[organ])
     lung, heart, aorta = ORGANS.index("lung"), ORGANS.index("heart"), ORGANS.index("aorta")
-    assert state[0, lung] & ~ABNORMAL == PRESENT | CAPTIONED and not state[1, heart] & CAPTIONED
+    assert state[0, lung] & (WHOLE | PRESENT | CAPTIONED) == PRESENT | CAPTIONED and not state[1, heart] & CAPTIONED
     assert not state[2, aorta] & PRESENT and state[2, aorta] & CAPTIONED
 
 

@@ -13,6 +13,7 @@ from training_fvlm.organ_losses import (
     CAPTIONED,
     EVAL_FILE,
     PRESENT,
+    TEXT_BITS,
     TRAIN_FILE,
     WHOLE,
     OrganLossFile,
@@ -110,7 +111,7 @@ def test_text_cosine_leaves_equal_and_invalid_captions_out():
 def slow_row(batches, organ):
     """What a window says of one organ, patient by patient and pair by pair."""
     excess, active, cosines, equal, valid, abnormal, captioned, counts = [], 0, [], [], 0, 0, 0, [0, 0]
-    for result, text, ids, _, is_valid, state in batches:
+    for result, text, ids, is_valid, state in batches:
         patients = range(len(ids))
         if result.organ_is_active[organ]:
             active += 1
@@ -123,7 +124,7 @@ def slow_row(batches, organ):
             abnormal += bool(state[p, organ] & CAPTIONED) and bool(state[p, organ] & ABNORMAL)
             for q in patients:
                 if p != q and is_valid[p, organ] and is_valid[q, organ]:
-                    equal.append(bool(ids[p, organ] == ids[q, organ]))
+                    equal.append(bool(state[p, organ] >> TEXT_BITS == state[q, organ] >> TEXT_BITS))
                     if not equal[-1]:
                         cosines.append(float(text[p, organ] @ text[q, organ]))
     total = sum(len(ids) for _, _, ids, *_ in batches)
@@ -143,10 +144,11 @@ def test_columns_are_those_of_a_walk_over_patients_and_pairs():
         state = torch.tensor(generator.integers(0, 16, (6, 3)) | CAPTIONED * (generator.random((6, 3)) < 0.8))
         is_valid = ((state & WHOLE) > 0) & ((state & CAPTIONED) > 0)
         identity = (ids, (state & ABNORMAL) > 0, is_valid)
+        state |= torch.tensor(generator.integers(-2, 2, (6, 3))) << TEXT_BITS  # texts, apart from captions' hashes
         text = unit((6, 3, 8), 20 + seed)
         result = organ_contrastive_loss(unit((6, 3, 8), seed), text, *identity, 10.0)
         window.add(result, text, *identity, organ_state=state)
-        batches.append((result, text, *identity, state))
+        batches.append((result, text, ids, is_valid, state))
     for organ, row in enumerate(window.rows(1, 0.1)):
         expected = slow_row(batches, organ)
         assert 0 < expected["valid"] < 1 and 0 < expected["equal"] < 1 and 0 < expected["abnormal"] < 1
@@ -176,6 +178,21 @@ def test_fit_tells_related_images_from_unrelated_ones_without_any_training(is_co
     own, other = (np.array(fits[is_own]) for is_own in (True, False))
     assert len(own) > 30 and own.mean() > 5 * own.std() / len(own) ** 0.5
     assert abs(other.mean()) < 3 * other.std() / len(other) ** 0.5
+
+
+def test_two_reconstructions_of_a_scan_are_no_sign_of_fit():
+    """The same image twice, with one report for both that belongs to someone else."""
+    fits = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        scan = torch.arange(12) // 2
+        image = unit((6, 2, 16), seed)[scan]
+        kind = torch.randint(0, 2, (6, 2), generator=generator).bool()[scan]
+        identity = (scan[:, None] + 10 * torch.arange(2), kind, torch.ones(12, 2, dtype=torch.bool))
+        window = OrganLossWindow(["lung", "heart"])
+        window.add(organ_contrastive_loss(image, image, *identity, 1.0), image, *identity, image_embeds=image)
+        fits += [row.fit for row in window.rows(1, 0.0) if row.fit_batches]
+    assert len(fits) > 60 and abs(np.mean(fits)) < 3 * np.std(fits) / len(fits) ** 0.5
 
 
 def test_fit_is_undefined_without_both_kinds_of_pairs():

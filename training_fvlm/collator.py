@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from modeling_fvlm.captions import compose_report, encode_captions
+from modeling_fvlm.captions import caption_hash, compose_report, encode_captions
 from modeling_fvlm.configuration_fvlm import AXES, FVLMConfig
 from modeling_fvlm.geometry import crop_or_pad, crop_start, organ_bookkeeping
 from modeling_fvlm.preparation import padding_hu
@@ -23,7 +23,7 @@ from modeling_fvlm.processed_split import Scratch, decode_volume
 from .data import RowError
 from .label_task import LabelTask
 from .objective_settings import ObjectiveSettings, organ_numbers
-from .organ_losses import ABNORMAL, CAPTIONED, PRESENT, WHOLE
+from .organ_losses import ABNORMAL, CAPTIONED, PRESENT, TEXT_BITS, WHOLE
 from .token_dropout import TokenDropout
 
 
@@ -87,7 +87,7 @@ class FVLMCollator:
 
         Returns:
             `volume` (batch, depth, height, width) int16 HU; `organ_token_mask` (batch, organs, tokens) bool;
-            `organ_is_complete` (batch, organs) bool; `organ_state` (batch, organs) int64, the bits of organ_losses.py;
+            `organ_is_complete` (batch, organs) bool; `organ_state` (batch, organs) int64, as organ_losses.py tells;
             `row` (batch,) int64, the rows' numbers in the split; with a label task `labels` (batch, findings) int64;
             and what `encode_captions` gives of the batch's different captions and, if asked for, reports. An organ
             that is not whole has no caption.
@@ -151,13 +151,15 @@ class FVLMCollator:
     def organ_state(
         self, rows: Sequence[dict[str, Any]], organ_is_present: np.ndarray, organ_is_whole: np.ndarray
     ) -> np.ndarray:
-        """What is known of each organ of each patient, as bits: also of captions that are left out below."""
+        """What is known of each organ of each patient (organ_losses.py), also of captions that are left out below."""
         state = organ_is_present * PRESENT + organ_is_whole * WHOLE
         place_of = {organ: place for place, organ in enumerate(self.organs)}
         for number, row in enumerate(rows):
-            for entry in row["captions"]:
-                if (place := place_of.get(entry["organ"])) is not None:
+            for organ, entry in {entry["organ"]: entry for entry in row["captions"]}.items():
+                if (place := place_of.get(organ)) is not None:
+                    text = caption_hash(entry["caption"], is_abnormal=False)  # equal for equal texts, abnormal or not
                     state[number, place] |= CAPTIONED | (ABNORMAL if entry["is_abnormal"] else 0)
+                    state[number, place] |= text >> TEXT_BITS << TEXT_BITS
         return state
 
     def encode(self, rows: Sequence[dict[str, Any]], organ_is_whole: np.ndarray) -> dict[str, Tensor]:

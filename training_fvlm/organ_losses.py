@@ -43,7 +43,7 @@ class OrganLossRow:
         captioned: Share of patients who have a caption of it.
         abnormal: Share of those captions that are abnormal, whether or not the organ is whole.
         valid: Share of patients that are contrasted: the organ is whole and has a caption.
-        equal: Share of the pairs of valid patients whose captions are equal.
+        equal: Share of the pairs of valid patients whose captions are the same text.
         retrieval: Share of patients of whose organ's image the nearest caption of the group is a positive, over the
             groups in which the organ was active; evaluation only.
         retrieval_chance: The same for a guess.
@@ -75,8 +75,10 @@ class OrganLossRow:
 COLUMNS = tuple(entry.name for entry in fields(OrganLossRow))
 NUMBERS = COLUMNS[3:]
 FIRST_COLUMNS = COLUMNS[:7]  # of files from before there were more
-# What is known of an organ of a patient before the model has seen it, as bits of one number.
+# What is known of an organ of a patient before the model has seen it, as one number: bits, and above them a hash of its
+# caption's text.
 PRESENT, WHOLE, CAPTIONED, ABNORMAL = 1, 2, 4, 8
+TEXT_BITS = 8
 
 
 class OrganLossWindow:
@@ -123,7 +125,8 @@ class OrganLossWindow:
             organ_loss: Loss of the batch.
             text_embeds, caption_id, is_abnormal, is_valid: Of all its patients.
             image_embeds: For `fit` and retrieval.
-            organ_state: `(patients, organs)` int64, bits as above; for `present`, `whole` and `captioned`.
+            organ_state: `(patients, organs)` int64, as above. Without it `present` and `whole` are unknown, and two
+                captions are the same text only if both or neither are abnormal.
             with_retrieval: Count how often the nearest caption is a positive.
         """
         is_active = organ_loss.organ_is_active
@@ -140,21 +143,24 @@ class OrganLossWindow:
         text_embeds = text_embeds.detach().float()
         cosines = torch.einsum("iod,jod->oij", text_embeds, text_embeds)
         is_pair = is_valid.T[:, :, None] & is_valid.T[:, None, :]
-        differs = is_pair & (caption_id.T[:, :, None] != caption_id.T[:, None, :])
+        state = is_valid.long() * CAPTIONED + is_abnormal.long() * ABNORMAL if organ_state is None else organ_state
+        text = caption_id.T if organ_state is None else organ_state.T >> TEXT_BITS
+        differs = is_pair & (text[:, :, None] != text[:, None, :])
         num_pairs, num_different = num_valid * (num_valid - 1), differs.sum((1, 2))
         self._add(
             **{"active": is_active, "loss": loss * is_active, "chance": chance * is_active, "floor": floor * is_active},
             **{"excess_squared": excess.square() * is_active, "cosine": (cosines * differs).sum((1, 2))},
             **{"valid": num_valid, "pairs": num_pairs, "different": num_different},
         )
-        state = is_valid.long() * CAPTIONED + is_abnormal.long() * ABNORMAL if organ_state is None else organ_state
         is_captioned = (state & CAPTIONED) > 0
         self._add(captioned=is_captioned.sum(0), abnormal=(is_captioned & ((state & ABNORMAL) > 0)).sum(0))
         if organ_state is not None:
             self._add(present=((state & PRESENT) > 0).sum(0), whole=((state & WHOLE) > 0).sum(0))
         if image_embeds is not None:
             image_embeds = image_embeds.detach().float()
-            fit, has_fit = image_fit(image_embeds, positives, is_valid)
+            # Two reconstructions of one scan are alike, whomever their report belongs to: they have all captions alike.
+            is_compared = is_pair & differs.any(0)
+            fit, has_fit = image_fit(image_embeds, positives, is_compared)
             self._add(fit=fit, fit_squared=fit.double().square(), fit_batches=has_fit)
             if with_retrieval:
                 hits, guesses = retrieval_at_1(image_embeds, text_embeds, positives, is_pair)
@@ -211,28 +217,27 @@ def mean_over_rows(rows: Sequence[OrganLossRow], name: str) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def image_fit(image_embeds: Tensor, is_positive: Tensor, is_valid: Tensor) -> tuple[Tensor, Tensor]:
+def image_fit(image_embeds: Tensor, is_positive: Tensor, is_compared: Tensor) -> tuple[Tensor, Tensor]:
     """How much more alike the images of positives are than those of other pairs, per organ.
 
-    The inner products of the embeddings, centred over the valid patients: their mean over pairs of positives minus that
-    over the other pairs, divided by their standard deviation over all pairs. If captions say nothing of the images,
-    every pair is like every other, and the expectation is 0 for any image encoder, trained or not.
+    The inner products of the embeddings, centred over the patients: their mean over pairs of positives minus that over
+    the other pairs, divided by their standard deviation over all pairs. If captions say nothing of the images, every
+    pair is like every other, and the expectation is 0 for any image encoder, trained or not.
 
     Args:
         image_embeds: `(patients, organs, dim)`.
         is_positive: `(organs, patients, patients)` bool, from `contrastive_targets`.
-        is_valid: `(patients, organs)` bool.
+        is_compared: `(organs, patients, patients)` bool, chosen without a look at the images. The diagonal is left out.
 
     Returns:
         The difference `(organs,)`, 0 where it is not defined; and whether it is: there are pairs of both kinds.
     """
-    weights = is_valid.T[:, :, None].to(image_embeds.dtype)  # (organs, patients, 1)
+    is_pair = is_compared & ~torch.eye(len(image_embeds), dtype=torch.bool, device=image_embeds.device)
+    weights = is_pair.any(-1)[:, :, None].to(image_embeds.dtype)  # (organs, patients, 1)
     embeds = image_embeds.transpose(0, 1)
     centre = (embeds * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
     embeds = (embeds - centre) * weights
     products = embeds @ embeds.transpose(1, 2)  # (organs, patients, patients)
-    off_diagonal = ~torch.eye(len(image_embeds), dtype=torch.bool, device=image_embeds.device)
-    is_pair = is_valid.T[:, :, None] & is_valid.T[:, None, :] & off_diagonal
     means = []
     for kind in (is_pair & is_positive, is_pair & ~is_positive, is_pair):
         means.append((products * kind).sum((1, 2)) / kind.sum((1, 2)).clamp(min=1))
