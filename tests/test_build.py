@@ -67,6 +67,20 @@ def test_an_organ_that_is_never_whole_keeps_its_weights():
     assert all(torch.isfinite(parameter).all() for parameter in model.organ_projection.parameters())
 
 
+@pytest.mark.parametrize("volume_pooling", ["mean", "attention"])
+def test_a_global_branch_starts_centred_as_well(volume_pooling):
+    rows = tiny_rows(NUM_ROWS)
+    model, processor = tiny_model(rows, volume_pooling=volume_pooling)
+    collator = FVLMCollator(processor.tokenizer, model.config, is_random=False)
+    dataset = dataset_of(rows)
+    centre_projections(model, collator, dataset, NUM_ROWS, batch_size=5)
+    outputs = []
+    model.volume_projection.register_forward_hook(lambda _module, _inputs, output: outputs.append(output.detach()))
+    model.eval()(**forward_batch(collator([dataset[index] for index in range(NUM_ROWS)])), return_loss=False)
+    torch.testing.assert_close(outputs[0].mean(0), torch.zeros(8), atol=1e-4, rtol=0)
+    assert outputs[0].square().mean().sqrt().item() == pytest.approx(1, abs=1e-3)
+
+
 def test_one_row_is_refused():
     rows = tiny_rows(NUM_ROWS)
     model, processor = tiny_model(rows)

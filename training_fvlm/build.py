@@ -207,7 +207,7 @@ def centre_projections(
     the weight is divided by the standard deviation that is left.
 
     Args:
-        model: Changed in place: `organ_projection` and `text_projection`.
+        model: Changed in place: `organ_projection`, `text_projection` and the projection of a global branch.
         collator: Makes the batches; its crops should be centred ones.
         dataset: The first `num_rows` rows are read.
         num_rows, batch_size: Rows in all and at a time.
@@ -222,11 +222,14 @@ def centre_projections(
         )
     was_training = model.training
     model.eval()
-    projected: dict[str, list[torch.Tensor]] = {"organ": [], "text": []}
+    projections = {"organ": model.organ_projection, "text": model.text_projection}
+    if model.config.volume_pooling != "none":
+        projections["volume"] = model.volume_projection
+    projected: dict[str, list[torch.Tensor]] = {name: [] for name in projections}
     complete = []
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: projected[name].append(output.float()))
-        for name, module in (("organ", model.organ_projection), ("text", model.text_projection))
+        for name, module in projections.items()
     ]
     try:
         for start in range(0, num_rows, batch_size):
@@ -249,10 +252,11 @@ def centre_projections(
     for index, (weight, bias) in enumerate(model.organ_projection.organ_parameters()):
         _shift_and_scale(weight, bias, mean[index], spread[index])
 
-    texts = torch.cat(projected["text"])
-    spread = (texts - texts.mean(0)).square().mean().sqrt()
-    if spread > 0:
-        _shift_and_scale(model.text_projection.weight, model.text_projection.bias, texts.mean(0), spread)
+    for name in projections.keys() - {"organ"}:
+        outputs = torch.cat(projected[name])
+        spread = (outputs - outputs.mean(0)).square().mean().sqrt()
+        if spread > 0:
+            _shift_and_scale(projections[name].weight, projections[name].bias, outputs.mean(0), spread)
 
 
 def _shift_and_scale(weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, spread: torch.Tensor) -> None:
