@@ -41,9 +41,9 @@ from transformers.utils import logging
 from modeling_fvlm import FVLMConfig
 from modeling_fvlm.gemm import BLAS, gemm_backend, pick_gemm_backend
 from modeling_fvlm.modeling_fvlm import set_attention
-from modeling_fvlm.pipeline_fvlm import save_for_hub
-from training_fvlm.adapt import merge_adapter, plan_adapting, write_adapter
-from training_fvlm.arguments import Settings, SettingsError, parse_settings
+from training_fvlm.adapt import plan_adapting
+from training_fvlm.arguments import DataArguments, Settings, SettingsError, parse_settings
+from training_fvlm.broken_steps import BrokenStep
 from training_fvlm.build import build_model, centre_projections, outline_model
 from training_fvlm.callbacks import CurveCallback
 from training_fvlm.co_teaching import PeerTrainer, peer_arguments, peer_collator
@@ -194,11 +194,6 @@ def train(settings: Settings) -> None:
     if trainer.is_world_process_zero():
         write_run(run, args.output_dir)
         draw_if_logged(args.output_dir)
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        if trainer.adaptation.is_lora:
-            write_adapter(trained, trainer.adaptation, Path(args.output_dir) / "adapter")
-            merge_adapter(trained)
-        save_for_hub(trained, processor, args.output_dir)
         trainer.write_card()
         logger.warning("trained %d steps in %.0f s: %s", run["steps"], run["train_seconds"], args.output_dir)
     if args.push_to_hub:
@@ -227,6 +222,7 @@ def load_datasets(
     more = reports + (["labels"] if label_task is not None else [])
     # The first process converts Parquet to a memory-mapped table; the others then find it.
     with args.main_process_first(desc="loading the data set"):
+    trainer.save_model(_internal_call=True)  # on all processes: each may hold a part of the weights
         options = {"revision": data.data_revision, "max_rows": data.max_train_rows, "more": more}
         rows = load_split(data.data, data.train_split, **options)
         eval_rows = None

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +28,7 @@ from training_fvlm.adapt import (
     has_adapter,
     learning_rate_scales,
     matching_names,
-    merge_adapter,
+    merged_state_dict,
     parameter_groups,
     plan_adapting,
     save_adapter,
@@ -279,16 +280,14 @@ def test_only_the_adapter_and_what_is_outside_the_towers_move(tmp_path, settings
 
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_merged_is_unmerged(tmp_path, batch, model, targets):
-    names = set(model.state_dict())
+    plain = tiny_model(ROWS)[0].eval()
+    untouched = forward(plain, batch)
     adapt_model(model, arguments(tmp_path, **BOTH, lora_targets=targets))
-    before = forward(shaken(model).eval(), batch)
-    assert has_adapter(model) and set(model.state_dict()) != names
-    merge_adapter(model)
-    assert not has_adapter(model) and set(model.state_dict()) == names
-    torch.testing.assert_close(forward(model, batch), before, rtol=1e-5, atol=1e-5)
-    assert (forward(tiny_model(ROWS)[0].eval(), batch) - before).abs().max() > 1e-2, (
-        "the adapter must have done something"
-    )
+    expected = forward(shaken(model).eval(), batch)
+    plain.load_state_dict(merged_state_dict(model), strict=True)
+    torch.testing.assert_close(forward(plain, batch), expected, rtol=1e-5, atol=1e-5)
+    assert (untouched - expected).abs().max() > 1e-2, "the adapter must have done something"
+    assert has_adapter(model) and torch.equal(forward(model, batch), expected), "the model itself is left alone"
 
 
 def test_checkpointed_activations_have_the_same_gradients(tmp_path):
@@ -337,7 +336,7 @@ def test_a_stopped_run_goes_on_to_the_digit_from_a_small_checkpoint(tmp_path, ca
     whole = tiny_trainer(tmp_path, tiny_rows(12), **settings)
     whole.train()
     checkpoint = tmp_path / "checkpoint-4"
-    weights = load_file(checkpoint / "adapter_model.safetensors")
+    weights = load_file(checkpoint / "adapter" / "adapter_model.safetensors")
     assert not (checkpoint / "model.safetensors").exists() and (checkpoint / "tokenizer.json").is_file()
     parts = {name.removeprefix("base_model.model.").split(".")[0] for name in weights}
     assert parts == {name for name, _ in whole.model.named_children()}
@@ -376,7 +375,7 @@ def test_the_best_model_of_a_run_is_loaded_back(tmp_path):
     settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     trainer = tiny_trainer(tmp_path, ROWS, max_steps=4, learning_rate=0.05, save_total_limit=1, **settings, **BOTH)
     trainer.train()
-    best = load_file(trainer.state.best_model_checkpoint + "/adapter_model.safetensors")
+    best = load_file(trainer.state.best_model_checkpoint + "/adapter/adapter_model.safetensors")
     now = adapter_state(trainer.model)
     assert best.keys() == now.keys() and all(torch.equal(best[name], now[name]) for name in best)
 
@@ -407,12 +406,12 @@ def test_a_tower_without_an_adapter_goes_whole_into_the_file_if_it_is_trained(tm
     assert not any("vision_model" in name for name in adapter_state(frozen))
 
 
-def test_weights_that_are_not_finite_are_not_merged(tmp_path, model):
+def test_an_addition_that_is_not_finite_is_not_merged(tmp_path, model):
     adapt_model(model, arguments(tmp_path, **BOTH))
     with torch.no_grad():
         next(value for name, value in model.named_parameters() if ".lora_B." in name).fill_(float("nan"))
-    with pytest.raises(ValueError, match="NaNs detected"):
-        merge_adapter(model)
+    with pytest.raises(ValueError, match=r"added to vision_model.blocks.0.attention.qkv is not finite"):
+        merged_state_dict(model)
 
 
 # Learning rates
@@ -739,6 +738,34 @@ def text_features(folder) -> torch.Tensor:
     tokens = FVLMProcessor.from_pretrained(folder)(text=["lung shows no significant abnormalities."])
     model = FVLMModel.from_pretrained(folder).eval()
     return model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).detach()
+
+
+def test_a_checkpoint_is_pushed_as_a_merged_model(work, monkeypatch):
+    import transformers.trainer
+
+    pushed = []
+
+    class Hub:
+        def create_repo(self, name, **options):
+            return SimpleNamespace(repo_id=f"someone/{name}")
+
+        def upload_folder(self, *, folder_path, **options):
+            weights = load_file(f"{folder_path}/model.safetensors")
+            config = json.loads((Path(folder_path) / "config.json").read_text(encoding="utf-8"))
+            pushed.append(
+                (weights, config["auto_map"]["AutoModel"], {path.name for path in Path(folder_path).iterdir()})
+            )
+            return SimpleNamespace(is_done=lambda: True, done=lambda: True, result=lambda: None)
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
+    words = ["--lora", "text", "--push_to_hub", "--hub_strategy", "every_save"]
+    assert train_fvlm.main(command(work, "pushed", *words)) == 0
+    plain = set(load_file(work.base / "model.safetensors"))
+    assert len(pushed) >= 3
+    for weights, code, files in pushed:
+        assert set(weights) == plain and code == "modeling_fvlm.FVLMModel"
+        assert "modeling_fvlm.py" in files and not any(name.startswith("adapter_") for name in files)
+    assert any(not torch.equal(pushed[0][0][name], pushed[-1][0][name]) for name in plain)
 
 
 def test_a_stopped_command_with_lora_goes_on_to_the_same_weights(work):

@@ -34,6 +34,7 @@ from .checkpoint_file import listed
 
 logger = logging.get_logger(__name__)
 ADAPTER = "default"  # peft's own name for the only adapter of a model
+ADAPTER_FOLDER = "adapter"  # within that of a model or a checkpoint
 ADAPTER_FILE = "adapter_model.safetensors"  # as peft names it
 PEFT_PREFIX = "base_model.model."  # of every tensor in that file
 ATTENTION = re.compile("attention|attn", re.IGNORECASE)
@@ -41,8 +42,8 @@ RANGE = re.compile(r"(\d+)-(\d+)")
 
 ADAPTER_CARD = """# What the training added
 
-The low-rank addition, and the parts that were trained in full, without the weights of `{base}` they belong to. The
-folder above holds all of it merged and needs none of this. To put it on the base:
+The low-rank addition, and the parts that were trained in full, without the weights of `{base}` they belong to. Where
+the folder above is a finished model, it holds all of it merged and needs none of this. To put it on the base:
 
 ```python
 from peft import PeftModel
@@ -358,7 +359,7 @@ def modules_in_full(model: PreTrainedModel) -> list[str]:
 
 
 def save_adapter(model: PreTrainedModel, adaptation: Adaptation, folder: str | Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`: what `PeftModel.from_pretrained` puts on the base.
+    """Write what `PeftModel.from_pretrained` puts on the base, and a README.md that says how.
 
     Args:
         model: With an adapter.
@@ -376,11 +377,6 @@ def save_adapter(model: PreTrainedModel, adaptation: Adaptation, folder: str | P
     config.modules_to_save = modules_in_full(model)
     config.inference_mode = True
     config.save_pretrained(folder)
-
-
-def write_adapter(model: PreTrainedModel, adaptation: Adaptation, folder: Path) -> None:
-    """`save_adapter` for a finished run, with a README.md that says how to use the folder."""
-    save_adapter(model, adaptation, folder)
     text = ADAPTER_CARD.format(base=adaptation.base or "what the training started from")
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -412,15 +408,24 @@ def load_adapter(model: PreTrainedModel, adaptation: Adaptation, folder: str | P
             tensor.copy_(opened.get_tensor(name))
 
 
-def merge_adapter(model: PreTrainedModel) -> None:
-    """Add the additions to the weights they stand beside: the model is then as if it had never had an adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+@torch.no_grad()
+def merged_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights of a plain model that does what this one does with its adapter, which stays where it is.
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)  # refuses what is not finite
-            model.set_submodule(name, module.get_base_layer())
-    del model.peft_config
+    Raises:
+        ValueError: If an addition is not finite.
+    """
+    merged = {}
+    for name, tensor in model.state_dict().items():
+        layer, of_base, parameter = name.partition(".base_layer.")
+        if of_base and parameter == "weight":
+            addition = model.get_submodule(layer).get_delta_weight(ADAPTER)
+            if not bool(addition.isfinite().all()):
+                raise ValueError(f"what --lora added to {layer} is not finite: continue from an earlier checkpoint.")
+            tensor = tensor + addition.to(tensor.dtype)
+        if not is_of_adapter(name):
+            merged[f"{layer}.{parameter}" if of_base else name] = tensor
+    return merged
 
 
 # Learning rates

@@ -21,11 +21,22 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
-from transformers.trainer_utils import speed_metrics
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.trainer_utils import HubStrategy, speed_metrics
 
 from modeling_fvlm.loss import OrganLoss, organ_contrastive_loss
+from modeling_fvlm.pipeline_fvlm import save_for_hub
 
-from .adapt import adapt_model, has_adapter, load_adapter, parameter_groups, save_adapter
+from .adapt import (
+    ADAPTER_FOLDER,
+    adapt_model,
+    has_adapter,
+    load_adapter,
+    merged_state_dict,
+    parameter_groups,
+    save_adapter,
+)
+from .alarm import ChanceAlarm
 from .arguments import FVLMTrainingArguments, SettingsError
 from .collator import FVLMCollator
 from .contrast_batches import ContrastBatches, num_held_chunks
@@ -521,20 +532,21 @@ class FVLMTrainer(DurableTrainer):
     # Saving
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if has_adapter(model):  # the base lies where it was taken from
-            if self.args.should_save:
-                folder = output_dir or self.args.output_dir
-                save_adapter(model, self.adaptation, folder)
+        if not self.args.should_save:
+            return
+        model, folder = self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir
+        if has_adapter(model):
+            save_adapter(model, self.adaptation, os.path.join(folder, ADAPTER_FOLDER))
+            if os.path.realpath(folder) != os.path.realpath(self.args.output_dir):
+                # A checkpoint is small: its base lies where it was taken from.
+                custom_object_save(model, folder, config=model.config)
                 model.config.save_pretrained(folder)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
-            return
-        super()._save(output_dir, state_dict)
-        # A pickle of the arguments that nothing reads back: run.json says the same in plain text.
-        pickled = os.path.join(output_dir or self.args.output_dir, "training_args.bin")
-        if self.args.should_save and os.path.isfile(pickled):
-            os.remove(pickled)
+                return
+            state_dict = merged_state_dict(model)
+        # Not as the Trainer does, which adds a pickle of the arguments and would miss the pipeline's code.
+        save_for_hub(model, self.processing_class, folder, state_dict)
 
     def _save_extra_state(self, folder: str) -> None:
         super()._save_extra_state(folder)
@@ -543,8 +555,8 @@ class FVLMTrainer(DurableTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         of_run = self.accelerator.unwrap_model(self.model)
-        if has_adapter(of_run) and not self.is_fsdp_enabled:
-            load_adapter(of_run, self.adaptation, resume_from_checkpoint)
+        if has_adapter(of_run):
+            load_adapter(of_run, self.adaptation, os.path.join(resume_from_checkpoint, ADAPTER_FOLDER))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -553,6 +565,11 @@ class FVLMTrainer(DurableTrainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.adaptation.is_lora and self.args.hub_strategy != HubStrategy.END:
+            self._save(self.args.output_dir)  # what is pushed is a model, not an adapter without its base
+        super()._push_from_checkpoint(checkpoint_folder)
+
 
     def create_model_card(self, **kwargs: Any) -> None:
         """Write our own card in place of the Trainer's draft (the Trainer calls this before every push)."""
