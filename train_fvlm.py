@@ -42,8 +42,7 @@ from modeling_fvlm import FVLMConfig
 from modeling_fvlm.gemm import BLAS, gemm_backend, pick_gemm_backend
 from modeling_fvlm.modeling_fvlm import set_attention
 from training_fvlm.adapt import plan_adapting
-from training_fvlm.arguments import DataArguments, Settings, SettingsError, parse_settings
-from training_fvlm.broken_steps import BrokenStep
+from training_fvlm.arguments import Settings, SettingsError, parse_settings
 from training_fvlm.build import build_model, centre_projections, outline_model
 from training_fvlm.callbacks import CurveCallback
 from training_fvlm.co_teaching import PeerTrainer, peer_arguments, peer_collator
@@ -191,6 +190,7 @@ def train(settings: Settings) -> None:
 
     # Save
     trainer.save_state()
+    trainer.save_model(_internal_call=True)  # on all processes: each may hold a part of the weights
     if trainer.is_world_process_zero():
         write_run(run, args.output_dir)
         draw_if_logged(args.output_dir)
@@ -222,7 +222,6 @@ def load_datasets(
     more = reports + (["labels"] if label_task is not None else [])
     # The first process converts Parquet to a memory-mapped table; the others then find it.
     with args.main_process_first(desc="loading the data set"):
-    trainer.save_model(_internal_call=True)  # on all processes: each may hold a part of the weights
         options = {"revision": data.data_revision, "max_rows": data.max_train_rows, "more": more}
         rows = load_split(data.data, data.train_split, **options)
         eval_rows = None

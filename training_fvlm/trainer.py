@@ -36,7 +36,6 @@ from .adapt import (
     parameter_groups,
     save_adapter,
 )
-from .alarm import ChanceAlarm
 from .arguments import FVLMTrainingArguments, SettingsError
 from .collator import FVLMCollator
 from .contrast_batches import ContrastBatches, num_held_chunks
