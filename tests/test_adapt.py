@@ -553,6 +553,14 @@ def test_what_cannot_work_is_refused_at_once(tmp_path, words, message, capsys):
     assert message in str(caught.value) + capsys.readouterr().err
 
 
+def test_frozen_fresh_weights_are_pointed_out(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        settings_of(tmp_path, "--freeze", "text_model", "--init_from", "d", model={})
+        assert "stay as random" not in caplog.text
+        settings_of(tmp_path, "--freeze", "text_model")
+    assert "--freeze text_model without --init_from: fresh weights stay as random as they are" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

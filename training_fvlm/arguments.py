@@ -713,6 +713,12 @@ def _check_combinations(data: DataArguments, training: FVLMTrainingArguments, mo
     if data.eval_tasks and training.eval_strategy == "no":
         raise SettingsError("--eval_tasks without --eval_strategy steps or epoch would never be scored.")
     if data.init_from is None:
+        if training.freeze:
+            logger.warning(
+                "--freeze %s without --init_from: fresh weights stay as random as they are; only a pretrained text "
+                "encoder has others.",
+                " ".join(training.freeze),
+            )
         for tower in training.lora:
             if tower == "vision" or "pretrained" not in model["text_encoder"]:
                 raise SettingsError(
