@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from two_process_worker import CASES, run_case
+from two_process_worker import CASES, RESUMES, run_case
 
 WORKER = Path(__file__).with_name("two_process_worker.py")
 OF_FOUR = ("cached", "cached, one rank has no whole organ")
@@ -89,7 +89,10 @@ def compare_with_one(folder: Path, num_processes: int, tmp_path: Path, name: str
         assert all(parameter.startswith("organ_projection.") for parameter in still), still
 
 
-def test_two_processes_resume_in_the_middle_of_an_epoch(two):
-    whole, resumed = json.loads((two / "resume.json").read_text())
-    assert [line["step"] for line in whole] == [1, 2, 3, 4, 5, 6]
+@pytest.mark.parametrize("name", RESUMES)
+def test_two_processes_resume_in_the_middle_of_an_epoch(two, name):
+    whole, resumed = json.loads((two / f"resume {name}.json").read_text())
+    assert [line["step"] for line in whole] == ([1, 2, 3, 4, 5, 6] if name == "plain" else [2, 4, 6])
     assert resumed == whole
+    weights = [(two / f"resume {name} {kind}.safetensors").read_bytes() for kind in ("whole", "resumed")]
+    assert weights[0] == weights[1]

@@ -17,7 +17,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from tiny_split import tiny_row  # noqa: E402
 from tiny_training import tiny_rows, tiny_trainer  # noqa: E402
 
-RESUME = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "dropout": 0.1}  # 12 rows: 3 steps an epoch
+# 12 rows in batches of 4. Plain: 3 steps an epoch; accumulated: a step of two batches and one of the third.
+RESUME = {"per_device_train_batch_size": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 4, "dropout": 0.1}
+RESUMES = {
+    "plain": RESUME,
+    "accumulated": RESUME
+    | {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "save_steps": 3, "logging_steps": 2},
+}
 
 
 def case_rows(name: str) -> list[dict]:
@@ -89,14 +95,17 @@ def main(folder: Path, names: list[str]) -> None:
             (folder / f"{name}.json").write_text(json.dumps(facts))
     if names:
         return
-    rows, settings = tiny_rows(12), {"per_device_train_batch_size": 2, **RESUME}
-    whole = tiny_trainer(folder / "run", rows, **settings)
-    whole.train()
-    resumed = tiny_trainer(folder / "run", rows, **settings)
-    resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-4"))
-    if whole.is_world_process_zero():
-        logs = [[line for line in each.state.log_history if "loss" in line] for each in (whole, resumed)]
-        (folder / "resume.json").write_text(json.dumps(logs))
+    for name, settings in RESUMES.items():
+        run = folder / f"run {name}"
+        whole = tiny_trainer(run, tiny_rows(12), **settings)
+        whole.train()
+        resumed = tiny_trainer(run, tiny_rows(12), **settings)
+        resumed.train(resume_from_checkpoint=str(run / f"checkpoint-{settings['save_steps']}"))
+        if whole.is_world_process_zero():
+            logs = [[line for line in each.state.log_history if "loss" in line] for each in (whole, resumed)]
+            (folder / f"resume {name}.json").write_text(json.dumps(logs))
+            for each, kind in ((whole, "whole"), (resumed, "resumed")):
+                save_file(each.model.state_dict(), folder / f"resume {name} {kind}.safetensors")
     resumed.end()
 
 

@@ -177,7 +177,7 @@ class DurableTrainer(Trainer):
             self.watch.note_gradients(model)
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # A loss scaler finds gradients that are not finite by itself, passes over the step and lowers the scale.
-        is_scaled = self.args.fp16 or getattr(self.accelerator, "scaler", None) is not None
+        is_scaled = self.accelerator.scaler is not None or (self.args.fp16 and self.is_deepspeed_enabled)
         self.watch.end_step(self.state.global_step + 1, self._tr_loss, None if is_scaled else grad_norm)
         self._raise_if_broken()
         return grad_norm
