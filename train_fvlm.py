@@ -192,7 +192,7 @@ def train(settings: Settings) -> None:
     trainer.save_state()
     trainer.save_model(_internal_call=True)  # on all processes: each may hold a part of the weights
     if trainer.is_world_process_zero():
-        write_run(run, args.output_dir)
+        write_alarms(trainer, run)
         draw_if_logged(args.output_dir)
         trainer.write_card()
         logger.warning("trained %d steps in %.0f s: %s", run["steps"], run["train_seconds"], args.output_dir)
@@ -214,6 +214,7 @@ def read_objective(settings: Settings, organs: Sequence[str]) -> LabelTask | Non
 
 def load_datasets(
     settings: Settings, start: Start | None = None, label_task: LabelTask | None = None
+    trainer.alarm.listener = lambda: write_alarms(trainer, run)
 ) -> tuple[ProcessedSplit, ProcessedSplit | None]:
     """The training rows, captions shuffled in the control, and the evaluation rows unless --eval_strategy is no."""
     args, data = settings.training, settings.data
@@ -538,3 +539,10 @@ def write_card(trainer: FVLMTrainer, run: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
+        "alarms": [],
+def write_alarms(trainer: FVLMTrainer, run: dict[str, Any]) -> None:
+    """Write run.json with what the alarm has said so far."""
+    run["alarms"] = trainer.alarm.entries()
+    write_run(run, trainer.args.output_dir)
+
+

@@ -317,6 +317,13 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
         default=False, metadata={"help": "Must stay off: the collator reads columns that the model does not."}
     )
     ddp_find_unused_parameters: bool | None = field(
+    alarm_steps: int = field(
+        default=200,
+        metadata={
+            "help": "Optimizer steps after the warm-up from which on the log says which organs are not learning, and "
+            "the likely cause (training_fvlm/alarm.py tells by what rule); also in run.json and on the card. 0: never."
+        },
+    )
         default=False,
         metadata={
             "help": "Let DDP look for parameters a step did not use; needed for a text encoder with weights no caption "

@@ -89,6 +89,7 @@ def render_card(
         "",
         *_loss_table(config.organs, train_rows, eval_rows),
         "",
+        *_alarms(run.get("alarms") or []),
         *_zero_shot(final_metrics),
         "## Limits",
         "",
@@ -322,6 +323,18 @@ def _loss_table(
         numbers = [f"{value:.3f}" for value in (row.loss, row.chance, row.floor)] if row else ["never active", "", ""]
         rows.append((organ, *numbers, f"{held_out.loss:.3f}" if held_out else ""))
     return text + table(("organ", "training loss", "chance", "floor", "evaluation loss"), rows)
+
+
+def _alarms(alarms: Sequence[dict[str, Any]]) -> list[str]:
+    """What the run said of organs that did not learn."""
+    if not alarms:
+        return []
+    lines = []
+    for alarm in alarms:
+        since = ", ".join(f"{organ} (step {step:,})" for organ, step in alarm["learned_since"].items())
+        kind = "Alarm" if alarm["is_alarm"] else "Note"
+        lines.append(f"- {kind}: {alarm['text']}" + (f" Below chance since: {since}." if since else ""))
+    return ["## Organs that did not learn", "", "As the run said while it went on:", "", *lines, ""]
 
 
 def _zero_shot(metrics: dict[str, float]) -> list[str]:

@@ -36,6 +36,7 @@ from .adapt import (
     parameter_groups,
     save_adapter,
 )
+from .alarm import ChanceAlarm
 from .arguments import FVLMTrainingArguments, SettingsError
 from .collator import FVLMCollator
 from .contrast_batches import ContrastBatches, num_held_chunks
@@ -122,6 +123,7 @@ class FVLMTrainer(DurableTrainer):
         self.gradient_norms = self.extra_state["gradient_norms"] = GradientNorms()
         self.watch.organs = organs
         self.temperature = math.nan
+        self.alarm = ChanceAlarm(organs, args.alarm_steps, args.group_size)
         self.step_organs: list[Tensor] = []  # of each micro-batch since the last optimizer step: the active organs
         self.cache = self._gradient_cache() if args.is_cached else None
         self.abnormal = read_abnormal_captions(train_dataset, organs) if args.needs_abnormal_captions else None
@@ -431,6 +433,7 @@ class FVLMTrainer(DurableTrainer):
                 self.train_file.append(rows)
         super().log(logs, start_time)
 
+                self.alarm.add(rows)
     # Evaluation
 
     @torch.no_grad()
@@ -620,6 +623,8 @@ class _RunBookkeeping(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if args.skip_inactive_organs:
+            self.trainer.alarm.warmup_steps = args.get_warmup_steps(state.max_steps)
+            self.trainer.alarm.restart(self.trainer.train_file.read())
             self.trainer.forget_gradients_of_inactive_organs()
             self.trainer.step_organs.clear()
 
