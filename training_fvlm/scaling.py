@@ -7,9 +7,10 @@ and write into the folder of the others. That is refused here.
 FSDP2 and DeepSpeed ZeRO-3 shard the weights themselves, so every rank must call every part of the model equally often.
 """
 
+import contextlib
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from accelerate.utils import DistributedType
@@ -67,8 +68,8 @@ def check_launch(args: FVLMTrainingArguments, environment: Mapping[str, str] = o
         SettingsError: If the launcher has started it otherwise than it was told to.
     """
     alone = (
-        "would train by itself, contrast its own patients only, and write into the --output_dir of the others. See that "
-        "every process sees its GPU (CUDA_VISIBLE_DEVICES). On CPUs: ACCELERATE_USE_CPU=true accelerate launch "
+        "would train by itself, contrast its own patients only, and write into the --output_dir of the others. See "
+        "that every process sees its GPU (CUDA_VISIBLE_DEVICES). On CPUs: ACCELERATE_USE_CPU=true accelerate launch "
         "--config_file hub_configs/accelerate/cpu_two.yaml train_fvlm.py ..."
     )
     if args.world_size == 1:
@@ -131,6 +132,25 @@ def check_sharding(
             "fsdp_cpu_ram_efficient_loading must be false (accelerate launch sets true unless told otherwise): the "
             "other processes would build their model from empty weights."
         )
+
+
+@contextlib.contextmanager
+def built_whole(args: FVLMTrainingArguments) -> Iterator[None]:
+    """Build models whole while the block lasts: under ZeRO-3 transformers would make them of empty weights.
+
+    The first steps of a run read weights (--init_from), change them (the centred start) and need all of them.
+    """
+    if args.deepspeed_plugin is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    config = args.hf_deepspeed_config if args.deepspeed else args.deepspeed_plugin.dschf
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
 
 
 def prepare_for_sharding(trainer: Any) -> None:
