@@ -1,8 +1,11 @@
 """Real CTs stored with their axes in any of the 48 orders and directions give the same prepared arrays, bit for bit."""
 
+import shutil
+
 import nibabel
 import numpy as np
 import pytest
+from dicom_series import write_series
 from oriented_files import ORIENTATIONS, turned, write_itk, write_nifti
 
 from modeling_fvlm.organs import load_organ_set, organ_label_table
@@ -11,7 +14,16 @@ from modeling_fvlm.reading import read_mask, read_volume
 
 ORGANS = load_organ_set("body_24")
 MARGIN = (1, 3, 2)
-WRITERS = {"nii": write_nifti, "nii.gz": write_nifti, "nrrd": write_itk, "mha": write_itk}
+
+
+def write_dicom(folder, array, affine):
+    """One file a slice, the last axis being the one from slice to slice."""
+    write_series(folder, array.transpose(2, 1, 0), affine[:, [2, 1, 0, 3]])
+    return folder
+
+
+# Of volumes; a mask comes as NIfTI where the volume is DICOM.
+WRITERS = {"nii": write_nifti, "nii.gz": write_nifti, "nrrd": write_itk, "mha": write_itk, "dicom": write_dicom}
 # volume, mask, numbering: RAS and LPS, int16 and int32, both numberings
 SCANS = [
     ("abdomen_pelvis_ct", "abdomen_pelvis_seg_v1", "totalsegmentator_v1"),
@@ -53,13 +65,14 @@ def check_orientations(shared_dir, folder, names, ending, orientations, step, sp
         other = ORIENTATIONS[(7 * number + 5) % len(ORIENTATIONS)]
         array, affine = turned(*volume, order, flips)
         seen.add((nibabel.aff2axcodes(affine), array.shape))
+        of_mask = "nii" if ending == "dicom" else ending
         paths = (
             WRITERS[ending](folder / f"{number}_ct.{ending}", array, affine),
-            WRITERS[ending](folder / f"{number}_seg.{ending}", *turned(*mask, *other)),
+            WRITERS[of_mask](folder / f"{number}_seg.{of_mask}", *turned(*mask, *other)),
         )
         check_equal(prepared(paths, names[2], spacing), expected)
         for path in paths:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert len(seen) == len(orientations), "every orientation is another"
     assert array.dtype == volume[0].dtype
 
@@ -77,7 +90,8 @@ def test_some_orientations_at_full_size(shared_dir, tmp_path, ending):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", ["nii", "nrrd"])
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("ending", ["nii", "nrrd", "dicom"])
 @pytest.mark.parametrize("names", SCANS, ids=lambda names: names[1])
 def test_all_48_orientations_at_full_size(shared_dir, tmp_path, names, ending):
     check_orientations(shared_dir, tmp_path, names, ending, range(48), step=1, spacing=(3.0, 1.0, 1.0))
