@@ -1,5 +1,6 @@
 """The table of organ losses, its figures against closed forms, and the picture drawn from it."""
 
+import json
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from modeling_fvlm.loss import organ_contrastive_loss
-from training_fvlm.curves import draw, main, series, smooth
+from training_fvlm.curves import draw, main, progress, series, smooth, summary
 from training_fvlm.organ_losses import (
     ABNORMAL,
     CAPTIONED,
@@ -331,7 +332,9 @@ def test_picture_has_a_curve_for_every_organ_and_the_chance_line(tmp_path, monke
     np.testing.assert_allclose(curves["organ 23"].get_ydata()[-1], 0.5)
     assert len({(line.get_color(), line.get_linestyle()) for line in curves.values()}) == 25, "organs can be told apart"
     titles = [axis.get_title() for axis in small if axis.get_title()]
-    assert titles[0] == "organ 23" and titles[-1] == "never seen" and len(titles) == 25
+    # Over the last ten lines, steps 220 to 400, the loss has fallen by 1.5 * 310 / 400 on the mean, of 1.6.
+    assert titles[0] == "organ 23  73 %" and titles[-1] == "never seen" and len(titles) == 25
+    assert [text.get_text() for axis in small for text in axis.texts] == ["never in the loss"]
     assert {line.get_label() for line in small[0].get_lines()} == {"training", "evaluation", "chance", "floor"}
 
 
@@ -341,12 +344,87 @@ def test_two_runs_are_drawn_side_by_side(tmp_path, monkeypatch, capsys):
     out = tmp_path / "both.png"
     kept = keep_figures(monkeypatch)
     assert main([str(tmp_path / "own"), "--compare", str(tmp_path / "shuffled"), "--out", str(out)]) == 0
-    assert capsys.readouterr().out.strip() == str(out) and out.is_file()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == str(out) and out.is_file()
+    assert [line.split(":")[0] for line in printed if "organs active" in line] == [
+        str(tmp_path / name) for name in ("own", "shuffled")
+    ]
     (figure,) = kept
     left, right, small, *_ = figure.get_axes()
     assert (left.get_title(), right.get_title()) == ("own", "shuffled")
-    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylim() == right.get_ylim() and left.get_ylim()[0] < 0.5
     assert {"own", "shuffled"} <= {line.get_label() for line in small.get_lines()}
+
+
+def write_alarms(folder, *alarms):
+    entries = [
+        {"step": step, "cause": "cut off", "is_alarm": is_alarm, "organs": organs, "text": "why", "learned_since": {}}
+        for step, is_alarm, organs in alarms
+    ]
+    (folder / "run.json").write_text(json.dumps({"alarms": entries}))
+
+
+def test_alarms_are_marked_on_the_organs_they_speak_of(tmp_path, monkeypatch):
+    write_run(tmp_path, level=1.5, organs=3)
+    write_alarms(tmp_path, (100, True, ["organ 0", "never seen"]), (200, False, ["organ 1"]))
+    kept = keep_figures(monkeypatch)
+    draw(tmp_path)
+    (figure,) = kept
+    marked = {
+        axis.get_title().split("  ")[0]: [
+            list(line.get_xdata()) for line in axis.get_lines() if line.get_color() == "red"
+        ]
+        for axis in figure.get_axes()
+    }
+    assert marked[tmp_path.name] == [[100, 100]]
+    assert marked["organ 0"] == marked["never seen"] == [[100, 100]] and marked["organ 1"] == marked["organ 2"] == []
+
+
+def test_the_table_is_that_of_ten_epochs_at_either_end(tmp_path):
+    rows = []
+    for step in range(10, 301, 10):  # 30 epochs, two lines an epoch but for the last ten
+        for half in (0.4, 0.0) if step <= 200 else (0.0,):
+            epoch = step / 10 - half
+            loss = 2.0 - 0.05 * epoch
+            rows.append(OrganLossRow(int(10 * epoch), epoch, "lung", loss, 2.0, 0.0, 1.0, text_cosine=0.3))
+            rows.append(OrganLossRow(int(10 * epoch), epoch, "heart", 1.9, 2.0, 1.0, 0.5))
+            rows.append(OrganLossRow(int(10 * epoch), epoch, "femur", math.nan, math.nan, math.nan, 0.0))
+    evaluated = [OrganLossRow(300, 30.0, "lung", 1.7, 2.0, 0.0, 1.0, retrieval=0.75, retrieval_chance=0.25)]
+    organs, ten = progress(rows, evaluated)
+    assert ten == "10 epochs" and [each.organ for each in organs] == ["lung", "heart", "femur"]
+    lung, heart, femur = organs
+    first_epochs = [epoch - half for epoch in range(1, 11) for half in (0.4, 0.0)]
+    assert lung.first == pytest.approx(2.0 - 0.05 * np.mean(first_epochs))
+    assert lung.last == pytest.approx(2.0 - 0.05 * np.mean(range(21, 31)))
+    assert (
+        lung.learned == pytest.approx(0.05 * 25.5 / 2) and heart.learned == pytest.approx(0.1) and heart.active == 0.5
+    )
+    assert math.isnan(femur.last) and math.isnan(femur.learned) and femur.active == 0
+    OrganLossFile(tmp_path / TRAIN_FILE).append(rows)
+    OrganLossFile(tmp_path / EVAL_FILE).append(evaluated)
+    write_alarms(tmp_path, (100, True, ["femur"]))
+    text = "\n".join(summary(tmp_path))
+    for words in (
+        "300 steps, 30.0 epochs; 2 of 3 organs active",
+        "not active in the last 10 epochs: femur",
+        "loss over the first and the last 10 epochs",
+        "best: lung 64 %, heart 10 %",
+        "worst: heart 10 %, lung 64 %",
+        "step 100, alarm: why",
+    ):
+        assert words in text
+    (line,) = [line for line in text.splitlines() if line.startswith("lung ")]
+    assert " ".join(line.split()) == "lung 1.735 0.725 2.000 0.000 64 % 100 % 0.300 1.700 0.750 (0.250)"
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize(("count", "ten"), [(1, "1 log line"), (5, "2 log lines"), (40, "10 log lines")])
+def test_the_table_of_a_run_of_few_epochs_is_that_of_its_log_lines(count, ten):
+    rows = [OrganLossRow(step, 0.1, "lung", 2.0 - 0.01 * step, 2.0, 1.0, 1.0) for step in range(1, count + 1)]
+    (lung,), name = progress(rows)
+    number = int(ten.split()[0])
+    assert name == ten and lung.first == pytest.approx(2.0 - 0.01 * np.mean(range(1, number + 1)))
+    assert lung.last == pytest.approx(2.0 - 0.01 * np.mean(range(count - number + 1, count + 1)))
 
 
 def test_a_folder_without_losses_is_named(tmp_path, capsys):
