@@ -17,6 +17,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from transformers import TrainerCallback, training_args
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
@@ -87,6 +88,7 @@ def main(folder: Path, names: list[str]) -> None:
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     training_args.is_torch_bf16_gpu_available = lambda: True
     for name in names or CASES:
+        unset_hf_deepspeed_config()  # of the case before: under ZeRO-3 it would empty the next model
         trainer, gradients, metrics = run_case(name, folder / name, world_size=2)
         log = [line for line in trainer.state.log_history if "loss" in line]
         if trainer.is_world_process_zero():
