@@ -53,7 +53,7 @@ from modeling_fvlm.processed_split import natural_key
 from modeling_fvlm.published_preparation import repair_header
 
 from .build import add_build_arguments, build, settings_from_args
-from .cases import SPLITS, Case, Row, read_csv, read_label
+from .cases import SPLITS, Case, Row, counted, read_csv, read_label
 from .progress import open_source
 from .sources import Source, local_copy
 
@@ -475,9 +475,9 @@ def best_reconstructions(
                 case = left_out(case, reason)
             chosen.append(case)
     if without_metadata:
+        told = counted(without_metadata, "scan that has", "scans that have")
         logger.warning(
-            f"--reconstructions best: there are no metadata of {without_metadata} scans that have several "
-            "reconstructions; their first one is taken."
+            f"--reconstructions best: there are no metadata of {told} several reconstructions; the first one is taken."
         )
     return chosen
 

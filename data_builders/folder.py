@@ -65,7 +65,7 @@ from modeling_fvlm.reading import BadVolumeError, read_affine
 
 from . import segment
 from .build import Settings, add_build_arguments, build, settings_from_args
-from .cases import SPLITS, Case, Row, nearest, read_label, resolve_inside, sort_cases
+from .cases import SPLITS, Case, Row, counted, nearest, read_label, resolve_inside, sort_cases
 from .folder_files import (
     STRUCTURES,
     Archive,
@@ -507,11 +507,15 @@ def tell_what_was_found(
     unused = volumes.unused(used)
     if unused:
         names = "" if is_hashed else f", e.g. {unused[0].relative_to(volumes.root)}"
-        tell(f"{len(unused)} files and folders in --volumes belong to no row of {table_path.name}{names}")
+        told = counted(len(unused), "file or folder in --volumes belongs", "files and folders in --volumes belong")
+        tell(f"{told} to no row of {table_path.name}{names}")
     left_out = Counter(name for case in cases for name in masks.structures.get(case.mask, ()) if name not in STRUCTURES)
     if left_out:
-        told = [f"{name} in {count} cases{nearest(name, STRUCTURE_NAMES)}" for name, count in left_out.most_common(8)]
-        tell(f"left out of the mask folders, as no structure of TotalSegmentator has that name: {', '.join(told)}")
+        names = [
+            f"{name} in {counted(count, 'case')}{nearest(name, STRUCTURE_NAMES)}"
+            for name, count in left_out.most_common(8)
+        ]
+        tell(f"left out of the mask folders, as no structure of TotalSegmentator has that name: {', '.join(names)}")
     compared = turned = 0
     for case in cases:
         if case.skip_reason is None and case.mask.is_file() and case.volume.is_file() and not is_zip(case.volume):
@@ -524,8 +528,9 @@ def tell_what_was_found(
                 break
     if turned:
         tell(
-            f"in {turned} of {compared} cases looked at, volume and mask store their axes in different orders: each is "
-            "turned by its own header, nothing has to be mended. Where their grids differ the case will be skipped."
+            f"in {turned} of {counted(compared, 'case')} looked at, volume and mask store their axes in different "
+            "orders: each is turned by its own header, nothing has to be mended. Where their grids differ the case will "
+            "be skipped."
         )
 
 

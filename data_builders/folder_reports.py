@@ -22,7 +22,7 @@ from typing import TypeVar
 from modeling_fvlm.captions import compose_caption, is_abnormal_caption, normal_caption
 
 from .build import Settings
-from .cases import OrganText, Row, check_columns, nearest, read_cells
+from .cases import OrganText, Row, check_columns, counted, nearest, read_cells
 from .decompose import is_abnormal_sentence, split_sentences
 from .folder_files import without_ending
 from .summary import console
@@ -384,7 +384,7 @@ def tell_organs_left_out(
             f"{nearest(left_out[0], organs)}. Give the set they were made for with --organs."
         )
     if left_out:
-        told = ", ".join(f"{organ} in {len(scans_of[organ])} scans" for organ in left_out[:12])
+        told = ", ".join(f"{organ} in {counted(len(scans_of[organ]), 'scan')}" for organ in left_out[:12])
         more = f" and {len(left_out) - 12} more" if len(left_out) > 12 else ""
         near = {organ: nearest(organ, organs) for organ in left_out}
         spelt = next((f" (is {organ!r} spelt as in the set?{near[organ]})" for organ in left_out if near[organ]), "")

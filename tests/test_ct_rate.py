@@ -386,7 +386,7 @@ def test_the_best_of_what_can_be_built(tmp_path):
 def test_falling_back_to_the_first_is_said(tmp_path, caplog):
     taken, _ = chosen_of(tmp_path, [None, None])
     assert taken == ["train_1_a_1"]
-    assert "no metadata of 1 scans that have several reconstructions" in caplog.text
+    assert "no metadata of 1 scan that has several reconstructions" in caplog.text
 
 
 def test_the_others_stand_in_the_manifest_and_are_no_fault(tmp_path):

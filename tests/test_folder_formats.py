@@ -122,8 +122,8 @@ def test_what_is_left_out_and_turned_is_told(every_format, tmp_path, capsys):
     arguments = ["--volumes", root / "ct", "--masks", root / "seg", "--reports", table]
     assert build(tmp_path / "out", *arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "as no structure of TotalSegmentator has that name: my_lesion in 1 cases" in printed
-    assert "in 1 of 1 cases looked at, volume and mask store their axes in different orders" in printed
+    assert "as no structure of TotalSegmentator has that name: my_lesion in 1 case" in printed
+    assert "in 1 of 1 case looked at, volume and mask store their axes in different orders" in printed
     assert "7 files and folders in --volumes belong to no row of r.csv, e.g. mha.mha" in printed
 
 

@@ -58,7 +58,7 @@ def test_an_organ_is_abnormal_if_the_impression_speaks_of_it(files, capsys):
         "train_3_a": {},
     }
     printed = " ".join(capsys.readouterr().out.split())
-    assert "left out what is said of organs outside of the set: bronchie in 1 scans, oesophagus in 1 scans" in printed
+    assert "left out what is said of organs outside of the set: bronchie in 1 scan, oesophagus in 1 scan" in printed
     assert "is 'oesophagus' spelt as in the set?; nearest: 'esophagus'" in printed
 
 
