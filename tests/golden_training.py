@@ -55,7 +55,7 @@ class PatientCollator:
         index = batch["caption_index"]
         used, numbers = torch.where(index < 0, index.max(), index).unique(return_inverse=True)
         batch["caption_index"] = torch.where(index < 0, index, numbers)
-        return batch | {name: self.inputs[name][used] for name in of_texts}
+        return batch | {name: self.inputs[name][used] for name in of_texts} | {"row": torch.tensor(patients)}
 
 
 class StepRecorder(TrainerCallback):
