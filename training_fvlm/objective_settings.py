@@ -22,7 +22,7 @@ class ObjectiveSettings:
             "ones, and normal with normal. Added to it, for pairs of abnormal patients: `momentum` (how alike a slowly "
             "following copy of the text encoder finds their captions), `labels` (how many findings of the organ they "
             "share: needs --label_task and a split with labels), `co_teaching` (a second model trains beside the first "
-            "and each corrects the other: about 2.7 times the time and twice the memory for weights). Several may be "
+            "and each corrects the other: about 2.8 times the time and twice the memory for weights). Several may be "
             "named.",
         },
     )
