@@ -32,24 +32,13 @@ from huggingface_hub.hf_api import DatasetInfo
 from rich.console import Console
 from rich.progress import Progress
 
-from .cases import Case, OrganText, counted, nearest
+from modeling_fvlm.licences import licence_fields
+
+from .cases import Case, OrganText, counted
 from .decompose import split_sentences
 from .previews import picture_name
 from .privacy import concern_lines, scan_reports
 from .shards import PROGRESS_FOLDER, ShardRecord
-
-# The Hub's licence ids that can hold for data, from https://huggingface.co/docs/hub/repositories-licenses (November
-# 2026); not `unknown`, which is no answer.
-LICENCES = (
-    *("apache-2.0", "mit", "openrail", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd", "bsd-2-clause", "bsd-3-clause"),
-    *("bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0"),
-    *("cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0"),
-    *("cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"),
-    *("cdla-sharing-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl", "ecl-2.0", "epl-1.0", "epl-2.0"),
-    *("etalab-2.0", "eupl-1.1", "agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0"),
-    *("isc", "lppl-1.3c", "ms-pl", "mpl-2.0", "odc-by", "odbl", "osl-3.0", "postgresql", "ofl-1.1", "ncsa"),
-    *("unlicense", "zlib", "pddl", "lgpl-lr", "other"),
-)
 
 # Builder -> why what it makes may not be made public.
 NOT_TO_BE_HANDED_ON = {
@@ -100,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    terms = licence_fields(args)
+    terms = licence_fields(args.license, args.license_name, args.license_link)
     if args.repo.count("/") != 1:
         raise ValueError(f"--repo {args.repo!r} must be owner/name, with your user name or organisation as owner.")
     manifest = read_manifest(args.data)
@@ -125,34 +114,6 @@ def run(args: argparse.Namespace) -> int:
         ) from error
     console.print(f"uploaded to {url}", soft_wrap=True, markup=False)
     return 0
-
-
-def licence_fields(args: argparse.Namespace) -> dict[str, str]:
-    """The licence as the card's header has it.
-
-    Raises:
-        ValueError: If the id is not on the Hub's list, or name and link of other terms are missing or uncalled for.
-    """
-    licence = args.license.strip().lower()  # SPDX writes CC-BY-4.0, the Hub cc-by-4.0
-    if licence not in LICENCES:
-        raise ValueError(
-            f"--license {args.license!r} is no licence id of the Hub{nearest(licence, LICENCES)}. For terms that have "
-            "none give --license other --license_name NAME --license_link URL."
-        )
-    if licence != "other":
-        if args.license_name or args.license_link:
-            raise ValueError(f"--license_name and --license_link go with --license other, not with {licence}.")
-        return {"license": licence}
-    if not args.license_name or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.license_name):
-        raise ValueError(
-            f"--license other needs --license_name of lower-case letters, digits, dots and dashes, got "
-            f"{args.license_name!r}; for example hospital-research-terms."
-        )
-    if not args.license_link or not re.match(r"https?://\S+$", args.license_link):
-        raise ValueError(
-            f"--license other needs --license_link with the address of its text, got {args.license_link!r}."
-        )
-    return {"license": licence, "license_name": args.license_name, "license_link": args.license_link}
 
 
 def read_manifest(folder: Path) -> dict:
