@@ -30,7 +30,7 @@ from modeling_fvlm.processed_split import ZSTD_LEVEL
 from modeling_fvlm.reading import RESCALE_MODES
 
 from .card import write_card
-from .cases import Case, sort_cases, with_digests
+from .cases import Case, counted, sort_cases, with_digests
 from .decompose import Lexicon, load_lexicon
 from .previews import write_previews
 from .privacy import concern_lines, default_salt_file, pseudonymise, read_salt, salt_check, scan_reports, write_key
@@ -343,8 +343,9 @@ def tell_part(folder: Path, shards: Sequence[Shard], mine: Sequence[Shard], is_o
     """Say what a task has built, how much of the split is there, and how it is finished."""
     there = len(complete_records(folder, shards, again=False))
     console.print(
-        f"the {len(mine)} shards of this task are built; {there} of the {len(shards)} of the split are in {folder}. "
-        f"When all tasks are done: python -m data_builders merge --out {folder}",
+        f"{counted(len(mine), 'shard of this task is', 'shards of this task are')} built; of the split, {there} of "
+        f"{counted(len(shards), 'shard')} lie in {folder}. When all tasks are done: python -m data_builders merge --out "
+        f"{folder}",
         soft_wrap=True,
         markup=False,
     )

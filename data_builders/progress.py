@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from .cases import Case
+from .cases import Case, counted
 from .shards import (
     CONFIGS,
     PROGRESS_FOLDER,
@@ -135,7 +135,7 @@ def continue_or_begin(
     else:
         check_may_continue(before["settings"], identity["settings"], f"--out {folder}")
         if before["source_sha256"] != identity["source_sha256"]:
-            tell_mended(check_only_mended(folder, plan["cases"]))
+            tell_mended(check_only_mended(folder, plan["cases"], is_hashed=identity["settings"]["ids"] == "hashed"))
         kept = kept_records(folder, shards, again)
         to_build = [shard for shard in mine if shard.file not in kept]
         identity = with_libraries_of(before, identity, folder, bool(to_build), is_part or bool(kept))
@@ -261,17 +261,19 @@ def with_libraries_of(before: dict, identity: dict, folder: Path, is_to_build: b
     return {**identity, "settings": {**identity["settings"], "libraries": there}}
 
 
-def check_only_mended(folder: Path, cases: Sequence[dict]) -> list[str]:
+def check_only_mended(folder: Path, cases: Sequence[dict], is_hashed: bool) -> list[str]:
     """The cases that have changed since a build began in a folder.
 
     Args:
         folder: `--out`.
         cases: As the plan tells them (`plan_of`), from the source as it is now.
+        is_hashed: Whether their ids are hashes, of which no user knows whose they are.
 
     Raises:
         ValueError: If one of them was written, or could be built then and cannot be built any more.
     """
     place = f"--out {folder} was begun from another state of the source"
+    mend = f"{MEND} The same command with --id_key FILE writes which case of yours that is." if is_hashed else MEND
     now = {case["recon_id"]: case for case in cases}
     plan = read_json(folder / PROGRESS_FOLDER / "cases.json") or {"cases": []}  # a finished split has none
     before = {case["recon_id"]: case for case in plan["cases"]}
@@ -294,21 +296,22 @@ def check_only_mended(folder: Path, cases: Sequence[dict]) -> list[str]:
         if name in could_be_built and reason is not None:
             raise ValueError(
                 f"{place}: {name} could be built then, and now it cannot ({reason}); a file is gone, or a row of a "
-                f"table. Bring it back. {MEND}"
+                f"table. Bring it back. {mend}"
             )
         if name in written and now[name]["digest"] != written[name]:
             raise ValueError(
                 f"{place}: {name} was written, and its report, its labels, or name or size of a file have changed "
-                f"since. Only what was skipped or not yet written may change. Bring it back as it was. {MEND}"
+                f"since. Only what was skipped or not yet written may change. Bring it back as it was. {mend}"
             )
     return [name for name, case in now.items() if case["skip_reason"] is None and case["digest"] != known.get(name)]
 
 
 def tell_mended(changed: Sequence[str]) -> None:
     if changed:
+        told = counted(len(changed), "case that was not written has", "cases that were not written have")
         console.print(
-            f"{len(changed)} cases that were not written have changed since this build began ({changed[0]} first); "
-            "shards with other cases than then are built again, as the source is now.",
+            f"{told} changed since this build began ({changed[0]} first); shards with other cases than then are built "
+            "again, as the source is now.",
             soft_wrap=True,
             markup=False,
         )

@@ -77,7 +77,7 @@ def test_a_file_that_was_broken(own_release, release, fresh, tmp_path, capsys, p
     broken.write_bytes(sound)
     capsys.readouterr()
     assert main(command(own_release, out, "--configs", *configs)) == 0
-    assert "1 cases that were not written have changed since this build began (train_3_a_1 first)" in " ".join(
+    assert "1 case that was not written has changed since this build began (train_3_a_1 first)" in " ".join(
         capsys.readouterr().out.split()
     )
     if len(configs) == 2:
@@ -152,7 +152,7 @@ def test_a_report_of_a_case_that_was_not_built_yet(own_release, tmp_path, monkey
     assert contents(out) == contents(tmp_path / "fresh")
 
 
-def test_hashed_ids(tmp_path):
+def test_hashed_ids(tmp_path, capsys):
     """The same, and what the manifest tells of a case hangs on the salt: names of files cannot be tried out."""
     for seed, name in enumerate(("anna_1", "berta_2")):
         volume, mask = arrays(seed)
@@ -160,19 +160,10 @@ def test_hashed_ids(tmp_path):
         save_nifti(mask, tmp_path / "seg" / f"{name}.nii.gz")
     reports = write_csv(tmp_path / "r.csv", [{"id": name, **REPORT} for name in ("anna_1", "berta_2")])
 
-    def build(out: str, salt: str) -> int:
+    def build(out: str, salt: str, *more: str) -> int:
         source = ["--volumes", tmp_path / "ct", "--masks", tmp_path / "seg", "--reports", reports]
-        options = [
-            *GEOMETRY,
-            "--rows_per_shard",
-            "1",
-            "--workers",
-            "1",
-            "--previews",
-            "0",
-            "--id_salt",
-            tmp_path / salt,
-        ]
+        options = [*GEOMETRY, "--rows_per_shard", "1", "--workers", "1", "--previews", "0"]
+        options += ["--id_salt", tmp_path / salt, *more]
         return main(["folder", "--out", str(tmp_path / out), *map(str, [*source, *options])])
 
     def digests(out: str) -> set[str]:
@@ -186,6 +177,12 @@ def test_hashed_ids(tmp_path):
     assert build("fresh", "salt") == build("other", "other_salt") == 0
     assert contents(tmp_path / "split") == contents(tmp_path / "fresh")
     assert len(digests("fresh")) == len(digests("other")) == 2 and not digests("fresh") & digests("other")
+    cut_short(tmp_path / "ct" / "anna_1.nii.gz")
+    capsys.readouterr()
+    assert build("split", "salt", "--id_key", str(tmp_path / "key.csv")) == 2
+    told = capsys.readouterr().err
+    named = told[told.index("source: ") :].split()[1]
+    assert f"anna_1,{named}\n" in (tmp_path / "key.csv").read_text() and "with --id_key FILE" in told
 
 
 # ------------------------------------------------------------------------------------------------- what must not change

@@ -200,12 +200,12 @@ def test_a_finished_split_that_has_lost_a_shard_names_it(release, whole, tmp_pat
 def test_a_task_tells_what_is_there_of_the_whole(release, tmp_path, capsys):
     out = tmp_path / "split"
     assert build(release, out, "--shard", "1/3") == 0  # shards 1 and 4
-    assert f"the 2 shards of this task are built; 2 of the 4 of the split are in {out}" in said(capsys)
+    assert f"2 shards of this task are built; of the split, 2 of 4 shards lie in {out}" in said(capsys)
     assert build(release, out, "--shard", "2/3") == 0
-    assert f"the 1 shards of this task are built; 3 of the 4 of the split are in {out}" in said(capsys)
+    assert f"1 shard of this task is built; of the split, 3 of 4 shards lie in {out}" in said(capsys)
     assert build(release, out, "--shard", "3/3") == 0
     told = said(capsys)
-    assert "4 of the 4 of the split" in told and f"data_builders merge --out {out}" in told
+    assert "4 of 4 shards lie" in told and f"data_builders merge --out {out}" in told
     assert "Tasks with folders of their own" not in told
 
 
