@@ -344,8 +344,8 @@ def tell_part(folder: Path, shards: Sequence[Shard], mine: Sequence[Shard], is_o
     there = len(complete_records(folder, shards, again=False))
     console.print(
         f"{counted(len(mine), 'shard of this task is', 'shards of this task are')} built; of the split, {there} of "
-        f"{counted(len(shards), 'shard')} lie in {folder}. When all tasks are done: python -m data_builders merge --out "
-        f"{folder}",
+        f"{counted(len(shards), 'shard')} lie in {folder}. When all tasks are done: "
+        f"python -m data_builders merge --out {folder}",
         soft_wrap=True,
         markup=False,
     )
