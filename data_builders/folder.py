@@ -529,8 +529,8 @@ def tell_what_was_found(
     if turned:
         tell(
             f"in {turned} of {counted(compared, 'case')} looked at, volume and mask store their axes in different "
-            "orders: each is turned by its own header, nothing has to be mended. Where their grids differ the case will "
-            "be skipped."
+            "orders: each is turned by its own header, nothing has to be mended. Where their grids differ the case "
+            "will be skipped."
         )
 
 
