@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 from dying import run
-from tiny_split import TINY_RECIPE, write_tiny_split
+from tiny_split import TINY_RECIPE, tiny_row, write_tiny_split
 
+import train_fvlm
 from training_fvlm.organ_losses import TRAIN_FILE
 from training_fvlm.signals import EXIT_STATUS
 
@@ -199,3 +200,63 @@ def test_two_processes_of_which_one_is_told(work, tmp_path, port, number):
     assert f"{number.name}: stopped after step {step}" in said[0] and "stopped after" not in said[1]
     state = tmp_path / f"checkpoint-{step}"
     assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= {path.name for path in state.iterdir()}
+
+
+# -------------------------------------------------------------------------------------------- the command's last words
+def test_a_damaged_row_is_named_by_the_command(work, tmp_path, capsys):
+    rows = [tiny_row(number) for number in range(8)]
+    volume = bytearray(rows[5]["volume"])
+    volume[len(volume) // 2] ^= 1
+    rows[5]["volume"] = bytes(volume)
+    write_tiny_split(tmp_path / "split", rows={"train": rows})
+    words = [*command(work, tmp_path / "run"), "--data", str(tmp_path / "split"), "--streaming"]
+    assert train_fvlm.main([*words, "--model.windows", "[{hu_min: -1150, hu_max: 350, mean: 0, std: 1}]"]) == 1
+    said = capsys.readouterr().err
+    assert (
+        "error: row 5 (scan 'train_5_a', " in said
+        and "train-00000-of-00001.parquet, row group 5) cannot be used" in said
+    )
+    assert "Traceback" not in said
+
+
+def test_a_streamed_folder_gives_the_weights_of_a_local_one(work, undisturbed, tmp_path):
+    assert run([*command(work, tmp_path), "--streaming"]) == 0
+    assert outcome(tmp_path) == undisturbed
+
+
+HUB_RUN = """
+import json, os, subprocess, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from hub_stand_in import hub_stand_in
+split, line = Path(sys.argv[1]), json.loads(sys.argv[2])
+with hub_stand_in() as hub:
+    files = {str(path.relative_to(split)): path.read_bytes() for path in split.rglob("*") if path.is_file()}
+    first = hub.put_all("dataset", "owner/split", files)
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint}
+    assert subprocess.run([*line, "--max_steps", "6"], env=environment).returncode == 0
+    # Another commit, without a row of the first one.
+    shard = "volumes/train-00000-of-00001.parquet"
+    hub.put("dataset", "owner/split", shard, files["volumes/validation-00000-of-00001.parquet"])
+    assert subprocess.run(line, env=environment).returncode == 0
+    told = json.loads((Path(sys.argv[3]) / "run.json").read_text())
+    assert told["data"]["data_revision"] == first, told["data"]
+    print("bytes sent", hub.sent[shard], "of", len(files[shard]))
+"""
+
+
+@pytest.mark.slow
+def test_a_streamed_run_stays_at_its_commit(work, undisturbed, tmp_path):
+    """From a Hub over HTTP: the run goes on with the rows it began with, whatever was pushed in between."""
+    constant = ["--lr_scheduler_type", "constant", "--warmup_steps", "0", "--data", "owner/split", "--streaming"]
+    words = line(work, tmp_path / "run", *constant)
+    arguments = [str(work / "split"), json.dumps(words), str(tmp_path / "run")]
+    online = environment(HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1")
+    done = subprocess.run(
+        [sys.executable, "-c", HUB_RUN, *arguments], env=online, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert run(command(work, tmp_path / "whole", *constant[:4])) == 0
+    found, expected = outcome(tmp_path / "run"), outcome(tmp_path / "whole")
+    assert found["log"] == expected["log"] and found["table"] == expected["table"]
+    assert found["model.safetensors"] == expected["model.safetensors"]

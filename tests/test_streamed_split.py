@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 
 import huggingface_hub.constants
@@ -141,6 +142,20 @@ def test_workers_read_by_themselves(folder, hub, workers):
         streamed, batch_size=2, num_workers=workers, collate_fn=lambda rows: [content(row) for row in rows]
     )
     assert [row for rows in loader for row in rows] == [content(local(folder)[row]) for row in range(8)]
+
+
+def test_no_worker_uses_the_connection_of_another(folder, monkeypatch, tmp_path):
+    class Remote(streaming.Remote):
+        def __init__(self, root):
+            super().__init__(root)
+            self.process = os.getpid()
+
+    monkeypatch.setattr(streaming, "Remote", Remote)
+    streamed = open_streamed_split(str(folder), "train", cache=tmp_path)
+    assert streamed[0] and streamed.index.remote.process == os.getpid()
+    loader = DataLoader(streamed, num_workers=2, collate_fn=lambda rows: (os.getpid(), streamed.index.remote.process))
+    processes = list(loader)
+    assert len(set(processes)) == 2 and all(one == other != os.getpid() for one, other in processes)
 
 
 def test_a_copy_opens_its_own_files(folder, tmp_path):

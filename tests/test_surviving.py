@@ -266,6 +266,22 @@ def test_an_evaluation_that_is_broken_off_is_done_again(tmp_path, moment, strate
     assert_same_run(resumed, whole)
 
 
+def test_what_is_due_at_the_end_of_an_epoch_is_not_left_out(tmp_path):
+    by_epoch = {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}
+    settings = {**SETTINGS, **by_epoch, "eval_rows": tiny_rows(4, seed=5)}
+    whole = tiny_trainer(tmp_path / "whole", ROWS, **settings)
+    whole.train()
+    with StopSignals() as signals:
+        stopped = tiny_trainer(tmp_path / "run", ROWS, **settings)
+        stopped.add_callback(At(3, lambda: (signalled(), wait_for(signals))))
+        stopped.signals = signals
+        with pytest.raises(StopRequested, match="after step 3"):
+            stopped.train()
+    resumed = tiny_trainer(tmp_path / "run", ROWS, **settings)
+    resumed.train(resume_from_checkpoint=newest_checkpoint(tmp_path / "run"))
+    assert_same_run(resumed, whole)
+
+
 def test_a_signal_in_the_evaluation_after_the_last_step(tmp_path):
     with StopSignals() as signals:
         trainer = tiny_trainer(tmp_path, ROWS, **SETTINGS, eval_rows=tiny_rows(4, seed=5))
