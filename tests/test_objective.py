@@ -345,6 +345,8 @@ def test_numbers_of_organs():
     assert organ_numbers([], ["lung", "heart"], "--x") == [0.0, 0.0]
     assert organ_numbers(["heart=0.2", 0.1], ["lung", "heart"], "--x") == [0.1, 0.2]
     assert organ_numbers(["big lung=0.2"], ["big lung", "heart"], "--x") == [0.2, 0.0]
+    assert organ_numbers({"heart": 0.2}, ["lung", "heart"], "--x") == [0.0, 0.2]
+    assert organ_numbers(0.3, ["lung", "heart"], "--x") == organ_numbers("0.3", ["a", "b"], "--x") == [0.3, 0.3]
     with pytest.raises(ValueError, match=r"--x: \['liver'\] are none of the model's organs"):
         organ_numbers(["liver=0.1"], ["lung"], "--x")
     with pytest.raises(ValueError, match="need finding_of_organ"):

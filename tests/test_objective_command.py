@@ -8,6 +8,7 @@ from transformers import AutoModel
 
 import train_fvlm
 from training_fvlm.arguments import SettingsError, parse_settings
+from training_fvlm.objective_settings import organ_numbers
 
 TASK = "items:\n" + "".join(
     f'  - {{finding: "{organ} {name}", organ: {organ}}}\n'
@@ -89,10 +90,10 @@ def test_teachers_need_whole_weights(tmp_path, monkeypatch):
 
 
 def test_a_recipe_may_hold_all_of_it(tmp_path):
-    settings = "targets: [momentum], organ_label_smoothing: [0.1, aorta=0.2], curriculum: frequency, "
+    settings = "targets: momentum, organ_label_smoothing: {aorta: 0.2}, curriculum: frequency, "
     recipe = TINY_RECIPE.replace("training: {", "training: {" + settings)
     (tmp_path / "tiny.yaml").write_text(recipe)
     words = ["--recipe", str(tmp_path / "tiny.yaml"), "--data", "d", "--output_dir", str(tmp_path / "out")]
     args = parse_settings(words, "help").training
     assert args.targets == ["momentum"] and args.curriculum == "frequency"
-    assert args.organ_label_smoothing == [0.1, "aorta=0.2"] and ORGANS[2] == "aorta"
+    assert organ_numbers(args.organ_label_smoothing, ORGANS, "--x") == [0, 0, 0.2]

@@ -448,6 +448,7 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
 
     def _check_objective(self) -> None:
         """Refuse an objective that cannot be meant, or not here."""
+        self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)  # of a recipe
         if faults := self.objective_faults():
             raise SettingsError(faults[0])
         if self.organ_sampling == "balanced" and self.train_sampling_strategy != "random":

@@ -7,8 +7,8 @@ patients is decided in part by the other, which looks at the same crops without 
 (`peer_distributions` in modeling_fvlm/loss.py). The first model is the run's: it is evaluated, saved and published; the
 peer stands in the folder `peer` of every checkpoint.
 
-A step trains twice and embeds twice more: 2.8 times the time (docs/objective.md). Weights, gradients and optimizer state
-take twice the memory, activations the same, since one model computes at a time.
+A step trains twice and embeds twice more: 2.8 times the time (docs/objective.md). Weights, gradients and optimizer take
+twice the memory, activations the same, since one model computes at a time.
 
 Source: Shui et al., ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D: two models from different seeds that see the
 data in different orders and give each other targets for abnormal pairs, mixed in at 0.5. The authors' release has no

@@ -4,11 +4,13 @@ A part of `FVLMTrainingArguments`, so every field is an option of the command li
 section. All defaults are the published objective.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 TARGETS = ("published", "momentum", "co_teaching", "labels")
+# `0.02 gallbladder=0.1`, as words; in a recipe also a number, or {gallbladder: 0.1}.
+OrganNumbers = Sequence[str | float] | Mapping[str, float] | str | float
 
 
 @dataclass
@@ -186,11 +188,11 @@ class ObjectiveSettings:
 OBJECTIVE_FIELDS = tuple(entry.name for entry in fields(ObjectiveSettings))
 
 
-def organ_numbers(words: Sequence[str | float], organs: Sequence[str], option: str) -> list[float]:
+def organ_numbers(words: OrganNumbers, organs: Sequence[str], option: str) -> list[float]:
     """A number for each organ from words such as `0.02 gallbladder=0.1`; 0 where none is given.
 
     Args:
-        words: Numbers for all organs, or ORGAN=NUMBER.
+        words: A number for all organs, ORGAN=NUMBER for one.
         organs: The model's organs.
         option: Where the words come from, for messages.
 
@@ -203,8 +205,12 @@ def organ_numbers(words: Sequence[str | float], organs: Sequence[str], option: s
     return [of_organ.get(organ, of_all) for organ in organs]
 
 
-def split_organ_numbers(words: Sequence[str | float], option: str) -> tuple[float, dict[str, float]]:
+def split_organ_numbers(words: OrganNumbers, option: str) -> tuple[float, dict[str, float]]:
     """The number for all organs, and those of single ones."""
+    if isinstance(words, Mapping):
+        words = [f"{organ}={number}" for organ, number in words.items()]
+    elif isinstance(words, (str, float, int)):
+        words = [words]
     of_all, of_organ = 0.0, {}
     for word in words:
         organ, _, text = str(word).rpartition("=")
