@@ -15,6 +15,10 @@ From published weights (or an earlier run's folder), with its architecture, text
 Continue a run that was stopped, exactly where its last checkpoint was:
     python train_fvlm.py --recipe synthetic_demo --data out/split --output_dir out/run --resume_from_checkpoint true
 
+A run that gets SIGTERM or SIGUSR1 finishes its step, writes a checkpoint and exits with status 75, which asks a script
+to start it again (hub_configs/slurm/train.sh). A split on the Hub, read row by row without downloading it:
+    python train_fvlm.py --recipe synthetic_demo --data owner/name --streaming --output_dir out/run
+
 Settings come from the recipe (hub_configs/recipes); what stands on the command line wins. The output folder ends up
 with the model, its processor and code (loadable by `AutoModel.from_pretrained(..., trust_remote_code=True)`),
 README.md, run.json, organ_losses.csv and loss_curves.png.
@@ -34,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, PreTrainedModel, ProcessorMixin, set_seed
 from transformers.utils import logging
@@ -42,24 +47,33 @@ from modeling_fvlm import FVLMConfig
 from modeling_fvlm.gemm import BLAS, gemm_backend, pick_gemm_backend
 from modeling_fvlm.modeling_fvlm import set_attention
 from training_fvlm.adapt import plan_adapting
-from training_fvlm.arguments import Settings, SettingsError, parse_settings
+from training_fvlm.arguments import DataArguments, Settings, SettingsError, parse_settings
+from training_fvlm.broken_steps import BrokenStep
 from training_fvlm.build import build_model, centre_projections, outline_model
 from training_fvlm.callbacks import CurveCallback
+from training_fvlm.checkpoints import CheckpointError, is_disk_full
 from training_fvlm.co_teaching import PeerTrainer, peer_arguments, peer_collator
 from training_fvlm.collator import FVLMCollator, objective_options
 from training_fvlm.curves import draw_if_logged
 from training_fvlm.data import (
     ProcessedSplit,
+    RowError,
+    SplitRows,
     caption_rows_of_other_patients,
     check_against_recipe,
     load_split,
     read_description,
 )
+from training_fvlm.durable import plain_message
 from training_fvlm.label_task import LabelTask, check_labels, read_label_task
 from training_fvlm.model_card import render_card
 from training_fvlm.objective_settings import OBJECTIVE_FIELDS, organ_numbers
 from training_fvlm.organ_losses import last_rows
+from training_fvlm.overfit import Overfit, without_dropout
+from training_fvlm.scaling import built_whole, check_launch, check_sharding, describe_launch
+from training_fvlm.signals import EXIT_STATUS, StopRequested, StopSignals
 from training_fvlm.start import Start, read_start
+from training_fvlm.streaming import commit_of, open_streamed_split
 from training_fvlm.text import check_vocabulary
 from training_fvlm.trainer import FVLMTrainer
 
@@ -73,7 +87,7 @@ ABSOLUTE_PATH = re.compile(r"""(?<![^\s=,'"(\[{])(?:file:/)?/[^\s,'")\]}]*""")
 RESUMED_SETTINGS = (
     "data_name",
     "processes",
-    *(f"data.{name}" for name in ("train_split", "max_train_rows", "shuffle_captions")),
+    *(f"data.{name}" for name in ("data_revision", "train_split", "max_train_rows", "shuffle_captions")),
     *(f"data.{name}" for name in ("random_crop", "flip_axes", "flip_probability")),
     *(f"training.{name}" for name in ("seed", "data_seed", "train_sampling_strategy", "per_device_train_batch_size")),
     *(f"training.{name}" for name in ("contrastive_batch_size", "micro_batch_size")),
@@ -90,18 +104,37 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit status."""
     try:
         settings = parse_settings(sys.argv[1:] if argv is None else argv, description=__doc__)
-        train(settings)
+        with StopSignals() as signals:
+            return train(settings, signals)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except StopRequested as stop:
+        tell(f"{stop} Start it again with --resume_from_checkpoint auto (exit status {EXIT_STATUS}).")
+        if dist.is_initialized():  # a launcher ends the others when the first one is gone
+            dist.barrier()
+            dist.destroy_process_group()
+        return EXIT_STATUS
+    except (RowError, BrokenStep, CheckpointError) as error:
+        tell(f"error: {plain_message(error)}")
+        return 1
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        tell(f"error: a disk is full: {error}. Free some space and go on with --resume_from_checkpoint auto.")
+        return 1
 
 
-def train(settings: Settings) -> None:
-    """Arguments -> datasets -> model -> FVLMTrainer -> save, card, push."""
+def train(settings: Settings, signals: StopSignals | None = None) -> int:
+    """Arguments -> datasets -> model -> FVLMTrainer -> save, card, push; returns the exit status."""
     args, data = settings.training, settings.data
     logging.set_verbosity(args.get_process_log_level())
+    check_launch(args)
+    check_sharding(data, args)
+    if args.process_index == 0:
+        logger.warning("%s", describe_launch(args))
     set_seed(args.seed)
+    pin_data(data, args.resume_from_checkpoint)
     if args.resume_from_checkpoint:
         check_same_run(settings, args.resume_from_checkpoint)
 
@@ -110,7 +143,8 @@ def train(settings: Settings) -> None:
     check_against_recipe(description, settings.model, data.data)
     start = None if data.init_from is None else read_start(data.init_from, settings.model, description)
     if args.adapts:  # what --lora, --freeze and the rates name must be there: asked before a volume is read
-        plan_adapting(outline_model(settings.model, description, start), args)
+        with built_whole(args):
+            plan_adapting(outline_model(settings.model, description, start), args)
     label_task = read_objective(settings, description.organs)
     train_dataset, eval_dataset = load_datasets(settings, start, label_task)
 
@@ -120,14 +154,15 @@ def train(settings: Settings) -> None:
     if resumed:
         tokenizer = AutoTokenizer.from_pretrained(resumed)
         check_vocabulary(tokenizer, f"--resume_from_checkpoint {resumed}")
-    model, processor = build_model(
-        settings.model,
-        description,
-        train_dataset,
-        window_volumes=data.window_volumes,
-        tokenizer=tokenizer,
-        start=start,
-    )
+    with built_whole(args):
+        model, processor = build_model(
+            settings.model,
+            description,
+            train_dataset,
+            window_volumes=data.window_volumes,
+            tokenizer=tokenizer,
+            start=start,
+        )
     crop = {"tokenizer": processor.tokenizer, "config": model.config, "seed": args.seed}
     if resumed:
         check_same_model(model.config, resumed)
@@ -139,6 +174,9 @@ def train(settings: Settings) -> None:
         set_attention(model, args.attn_implementation)
     except ValueError as error:
         raise SettingsError(f"--attn_implementation {args.attn_implementation}: {error}") from error
+
+    if args.overfit is not None:
+        without_dropout(model)
 
     # Trainer
     flips = {"flip_axes": data.flip_axes, "flip_probability": data.flip_probability}
@@ -172,12 +210,15 @@ def train(settings: Settings) -> None:
         peer=peer,
         callbacks=[CurveCallback()],
     )
+    trainer.signals = signals
+    overfit = None if args.overfit is None else Overfit(trainer)
     backend = gemm_backend_of_run(trainer)
     run = describe_run(settings, trainer, backend)
     run["organs"] = None if start is None else start.describe_organs()
     if not trainer.adaptation.is_whole:
         logger.warning("%s", trainer.adaptation)
     trainer.write_card = lambda: write_card(trainer, run)
+    trainer.alarm.listener = lambda: write_alarms(trainer, run)
     if trainer.is_world_process_zero():
         write_run(run, args.output_dir)
 
@@ -185,6 +226,8 @@ def train(settings: Settings) -> None:
     with gemm_backend(backend or BLAS):
         trainer.train(resume_from_checkpoint=resumed)
         run["steps"], run["train_seconds"] = trainer.state.global_step, round(time.time() - start_time, 1)
+        if overfit is not None:
+            return end_overfit(trainer, run, overfit)
         if eval_dataset is not None and not was_just_evaluated(trainer):
             trainer.evaluate()
 
@@ -199,6 +242,19 @@ def train(settings: Settings) -> None:
     if args.push_to_hub:
         trainer.push_to_hub()  # the output folder without its checkpoints; the data set is never part of it
     trainer.end()
+    return 0
+
+
+def end_overfit(trainer: FVLMTrainer, run: dict[str, Any], overfit: Overfit) -> int:
+    """The verdict of --overfit: a sentence, and the exit status."""
+    is_learned, sentence = overfit.verdict()
+    if trainer.is_world_process_zero():
+        run["overfit"] = {"is_learned": is_learned, "verdict": sentence}
+        write_alarms(trainer, run)
+        draw_if_logged(trainer.args.output_dir)
+        logger.warning("%s", sentence)
+    trainer.end()
+    return 0 if is_learned else 1
 
 
 def read_objective(settings: Settings, organs: Sequence[str]) -> LabelTask | None:
@@ -214,23 +270,19 @@ def read_objective(settings: Settings, organs: Sequence[str]) -> LabelTask | Non
 
 def load_datasets(
     settings: Settings, start: Start | None = None, label_task: LabelTask | None = None
-    trainer.alarm.listener = lambda: write_alarms(trainer, run)
-) -> tuple[ProcessedSplit, ProcessedSplit | None]:
+) -> tuple[SplitRows, SplitRows | None]:
     """The training rows, captions shuffled in the control, and the evaluation rows unless --eval_strategy is no."""
     args, data = settings.training, settings.data
     model = settings.model if start is None else start.model
     reports = ["findings", "impression"] if model.get("volume_pooling", "none") != "none" else []
     more = reports + (["labels"] if label_task is not None else [])
-    # The first process converts Parquet to a memory-mapped table; the others then find it.
+    # The first process converts Parquet to a memory-mapped table, or reads an index; the others then find it.
     with args.main_process_first(desc="loading the data set"):
-        options = {"revision": data.data_revision, "max_rows": data.max_train_rows, "more": more}
-        rows = load_split(data.data, data.train_split, **options)
+        rows = open_split(data, data.train_split, data.max_train_rows, more)
         eval_rows = None
         if args.eval_strategy != "no":
             try:
-                eval_rows = load_split(
-                    data.data, data.eval_split, revision=data.data_revision, max_rows=data.max_eval_rows
-                )
+                eval_rows = open_split(data, data.eval_split, data.max_eval_rows)
             except SettingsError as error:
                 raise SettingsError(f"{error} To train without evaluation: --eval_strategy no.") from error
     if len(rows) < args.group_size:
@@ -239,21 +291,40 @@ def load_datasets(
             "(--contrastive_batch_size, or --per_device_train_batch_size times processes). Lower that, or give the "
             "split more training patients: a smaller --validation_fraction when it is built, for instance."
         )
-    where, spoken = f"{data.data}, split {data.train_split}", ProcessedSplit(rows).captions
-    if reports and not any(row["findings"] or row["impression"] for row in spoken):
+    where = f"{data.data}, split {data.train_split}"
+    if reports and not any(row["findings"] or row["impression"] for row in rows.captions):
         raise SettingsError(f"{where} has no report: leave --model.volume_pooling out.")
     if label_task is not None:
-        check_labels(label_task, (row["labels"] for row in spoken), where)
-    caption_rows = None
+        check_labels(label_task, (row["labels"] for row in rows.captions), where)
     if data.shuffle_captions:
-        caption_rows = caption_rows_of_other_patients(list(rows["patient_id"]), args.seed)
-    return ProcessedSplit(rows, caption_rows), None if eval_rows is None else ProcessedSplit(eval_rows)
+        rows.caption_rows = caption_rows_of_other_patients(rows.patient_ids(), args.seed)
+    return rows, eval_rows
+
+
+def open_split(data: DataArguments, split: str, max_rows: int | None, more: Sequence[str] = ()) -> SplitRows:
+    """A split of --data, `more` columns included: a memory-mapped table here, or with --streaming where it lies."""
+    options = {"revision": data.data_revision, "max_rows": max_rows}
+    if not data.streaming:
+        return ProcessedSplit(load_split(data.data, split, **options, more=more), data=data.data, split=split)
+    rows = open_streamed_split(data.data, split, **options)
+    if missing := [name for name in more if name not in rows.captions.column_names]:
+        raise SettingsError(f"{data.data}, split {split}: columns {missing} are missing.")
+    return rows
+
+
+def pin_data(data: DataArguments, checkpoint: str | None) -> None:
+    """Stay at one commit of a data set on the Hub: what is pushed while a run lasts must not change its rows."""
+    if data.data_revision is not None or Path(data.data).is_dir() or "://" in data.data:
+        return
+    commit = [recorded_run(checkpoint).get("data", {}).get("data_revision") if checkpoint else commit_of(data.data)]
+    broadcast_object_list(commit)
+    data.data_revision = commit[0]
 
 
 def make_peer(
     settings: Settings,
     build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]],
-    train_dataset: ProcessedSplit,
+    train_dataset: SplitRows,
     train_collator: FVLMCollator,
     label_task: LabelTask | None,
 ) -> PeerTrainer:
@@ -430,6 +501,12 @@ def was_just_evaluated(trainer: FVLMTrainer) -> bool:
     return any("eval_loss" in line and line["step"] == trainer.state.global_step for line in trainer.state.log_history)
 
 
+def tell(text: str) -> None:
+    """Say on stderr what ended the run; of several processes the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
 def public_name(name: str) -> str:
     """What a data set or model may be called in public: the last part of a folder, a Hub id as it is."""
     return Path(name).resolve().name if Path(name).is_dir() else name
@@ -509,6 +586,7 @@ def describe_run(settings: Settings, trainer: FVLMTrainer, backend: str | None) 
         "gemm_backend": backend,
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
         "steps": 0,
+        "alarms": [],
     }
     # The folder of the run may be published: whose machine it was is nobody's business.
     return without_folders(json.loads(json.dumps(run, default=str)))
@@ -522,6 +600,12 @@ def write_run(run: dict[str, Any], output_dir: str) -> None:
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def write_alarms(trainer: FVLMTrainer, run: dict[str, Any]) -> None:
+    """Write run.json with what the alarm has said so far."""
+    run["alarms"] = trainer.alarm.entries()
+    write_run(run, trainer.args.output_dir)
 
 
 def write_card(trainer: FVLMTrainer, run: dict[str, Any]) -> None:
@@ -539,10 +623,3 @@ def write_card(trainer: FVLMTrainer, run: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
-        "alarms": [],
-def write_alarms(trainer: FVLMTrainer, run: dict[str, Any]) -> None:
-    """Write run.json with what the alarm has said so far."""
-    run["alarms"] = trainer.alarm.entries()
-    write_run(run, trainer.args.output_dir)
-
-

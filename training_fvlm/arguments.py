@@ -12,6 +12,7 @@ data is read. `--model.a.b VALUE` reaches into the model section; `--training.x`
 """
 
 import argparse
+import copy
 import difflib
 import inspect
 import json
@@ -25,13 +26,16 @@ from typing import Any, Literal
 
 import yaml
 from transformers import CONFIG_MAPPING, AutoConfig, HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from modeling_fvlm.configuration_fvlm import ATTENTIONS, AXES, FVLMConfig, FVLMVisionConfig
 from modeling_fvlm.gemm import BACKENDS
 
+from .checkpoints import LAST_FILE, is_complete, newest_checkpoint
 from .objective_settings import ObjectiveSettings
+from .overfit import DATA_SETTINGS as OVERFIT_DATA
+from .overfit import LOG_EVERY as OVERFIT_LOG_EVERY
+from .overfit import TRAINING_SETTINGS as OVERFIT_TRAINING
 
 logger = logging.get_logger(__name__)
 
@@ -79,6 +83,14 @@ class DataArguments:
     )
     data_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the data set, when --data is a Hub id."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read --data where it lies, a Hub id or any address that fsspec reads (s3://...), one volume at a "
+            "time when its turn comes, instead of downloading the split. Order, crops and resumed runs are those of a "
+            "local split. Every epoch fetches every volume again: use --dataloader_num_workers."
+        },
     )
     init_from: str | None = field(
         default=None,
@@ -151,6 +163,13 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.data is None:
             raise SettingsError("--data is missing: a folder written by `python -m data_builders ...`, or a Hub id.")
+        if "://" in self.data and not self.streaming:
+            raise SettingsError(f"--data {self.data} is an address: add --streaming, or copy the split to a folder.")
+        if self.streaming and self.eval_tasks and not os.path.isdir(self.data):
+            raise SettingsError(
+                "--eval_tasks would download the data set that --streaming is to leave where it is: score the model "
+                "with eval_fvlm.py instead."
+            )
         for axis in self.flip_axes:
             if axis not in AXES:
                 raise SettingsError(f"--flip_axes {axis!r} is no axis; choose from {', '.join(AXES)}.")
@@ -302,6 +321,21 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
     logging_steps: float = field(
         default=20, metadata={"help": "Optimizer steps per log line and per row of organ_losses.csv. Trainer: 500."}
     )
+    alarm_steps: int = field(
+        default=200,
+        metadata={
+            "help": "Optimizer steps after the warm-up from which on the log says which organs are not learning, and "
+            "the likely cause (training_fvlm/alarm.py tells by what rule); also in run.json and on the card. 0: never."
+        },
+    )
+    overfit: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sanity check: train on this many patients alone, in one batch, without dropout, flips and random "
+            "crops, until they are known by heart or --max_steps are over. A sentence says whether it worked and else "
+            "the likely cause; the exit status is 0 or 1. No model is saved."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={"help": "Replace a NaN loss by an average in the log. Trainer: True; here such a run stops."},
@@ -317,13 +351,6 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
         default=False, metadata={"help": "Must stay off: the collator reads columns that the model does not."}
     )
     ddp_find_unused_parameters: bool | None = field(
-    alarm_steps: int = field(
-        default=200,
-        metadata={
-            "help": "Optimizer steps after the warm-up from which on the log says which organs are not learning, and "
-            "the likely cause (training_fvlm/alarm.py tells by what rule); also in run.json and on the card. 0: never."
-        },
-    )
         default=False,
         metadata={
             "help": "Let DDP look for parameters a step did not use; needed for a text encoder with weights no caption "
@@ -350,6 +377,8 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise SettingsError("--output_dir is missing: the folder for checkpoints, losses and the final model.")
+        if self.overfit is not None:
+            self._set_up_overfit()
         try:
             super().__post_init__()
         except ValueError as error:  # bf16 without a GPU, a strategy without its steps ...
@@ -359,6 +388,10 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
             raise SettingsError(
                 "--remove_unused_columns must be off and --dataloader_drop_last on: the collator reads every column, "
                 "and ranks gather batches of one size."
+            )
+        if self.enable_jit_checkpoint:
+            raise SettingsError(
+                "--enable_jit_checkpoint is not needed: SIGTERM and SIGUSR1 write a checkpoint in any case."
             )
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise SettingsError(f"--train_sampling_strategy {self.train_sampling_strategy} is not for volumes: random.")
@@ -478,6 +511,17 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
         # accelerate accepts fp16 on a CPU, but autocasts there for bf16 alone.
         return "fp32" if precision == "fp16" and self.device.type == "cpu" else precision
 
+    def _set_up_overfit(self) -> None:
+        """Set aside whatever makes learning by heart harder, and evaluation, checkpoints and the push."""
+        if self.overfit < 2:
+            raise SettingsError(f"--overfit {self.overfit} contrasts a patient with nobody: use at least 2.")
+        for name, value in OVERFIT_TRAINING.items():
+            setattr(self, name, copy.copy(value))
+        self.contrastive_batch_size = self.overfit
+        self.logging_steps = (
+            min(self.logging_steps, OVERFIT_LOG_EVERY) if self.logging_steps >= 1 else OVERFIT_LOG_EVERY
+        )
+
     def _settle_contrast(self) -> None:
         """Make contrast, chunks and the Trainer's batch one story."""
         if self.contrastive_batch_size is None:
@@ -575,6 +619,10 @@ def parse_settings(argv: Sequence[str], description: str) -> Settings:
     model = recipe["model"]
     for path, value in model_overrides:
         _set_nested(model, path, value)
+    if training.overfit is not None:
+        data.max_train_rows = training.overfit
+        for name, value in OVERFIT_DATA.items():
+            setattr(data, name, copy.copy(value))
     # (3)
     _check_model_names(model, needs_text_encoder=data.init_from is None)
     training.resume_from_checkpoint = _checkpoint_to_resume(training)
@@ -803,7 +851,7 @@ def has_auto_windows(model: dict[str, Any]) -> bool:
 def _checkpoint_to_resume(training: FVLMTrainingArguments) -> str | None:
     """Turn `--resume_from_checkpoint true` into the newest checkpoint of the output folder, and check a named one."""
     named = training.resume_from_checkpoint
-    newest = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
+    newest = newest_checkpoint(training.output_dir)
     if named is None or str(named).lower() in ("false", "none", "no"):
         if newest is not None:
             raise SettingsError(
@@ -818,8 +866,11 @@ def _checkpoint_to_resume(training: FVLMTrainingArguments) -> str | None:
                 "when there will be one). `auto` starts afresh in that case."
             )
         return newest
-    if not (Path(named) / "trainer_state.json").is_file():
-        raise SettingsError(f"--resume_from_checkpoint {named} is no checkpoint: it holds no trainer_state.json.")
+    if not is_complete(named):
+        raise SettingsError(
+            f"--resume_from_checkpoint {named} is no checkpoint, or half of one: it holds no {LAST_FILE}, or its name "
+            "says that it was being written."
+        )
     return str(named)
 
 

@@ -222,7 +222,7 @@ def draw(run: str | Path, compare: str | Path | None = None, out: str | Path | N
     top, bottom = figure.subfigures(2, 1, height_ratios=heights)
 
     axes = top.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-    for axis, (name, train, _, alarms) in zip(axes, runs):
+    for axis, (name, train, _, _) in zip(axes, runs):
         _draw_overview(axis, name, train, organs, style_of)
     lowest = min((line.get_ydata().min() for axis in axes for line in axis.get_lines()), default=0.0)
     axes[0].set_ylim(bottom=max(0.0, lowest - 0.2))

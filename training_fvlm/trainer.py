@@ -121,9 +121,10 @@ class FVLMTrainer(DurableTrainer):
         organs = list(of_run.config.organs)
         self.window = self.extra_state["organ_losses"] = OrganLossWindow(organs)
         self.gradient_norms = self.extra_state["gradient_norms"] = GradientNorms()
+        self.alarm = ChanceAlarm(organs, args.alarm_steps, args.group_size)
+        self.logged_rows: list[OrganLossRow] = []  # of the last log line
         self.watch.organs = organs
         self.temperature = math.nan
-        self.alarm = ChanceAlarm(organs, args.alarm_steps, args.group_size)
         self.step_organs: list[Tensor] = []  # of each micro-batch since the last optimizer step: the active organs
         self.cache = self._gradient_cache() if args.is_cached else None
         self.abnormal = read_abnormal_captions(train_dataset, organs) if args.needs_abnormal_captions else None
@@ -429,11 +430,12 @@ class FVLMTrainer(DurableTrainer):
             self.terms.clear()
             self.window.clear()
             self.gradient_norms.clear()
+            self.logged_rows = rows
             if self.is_world_process_zero():
                 self.train_file.append(rows)
+                self.alarm.add(rows)
         super().log(logs, start_time)
 
-                self.alarm.add(rows)
     # Evaluation
 
     @torch.no_grad()
@@ -460,10 +462,11 @@ class FVLMTrainer(DurableTrainer):
         # An evaluation must not change the training around it: a data loader draws from the global generator.
         with torch.random.fork_rng(devices=[]):
             embedded, logit_scale = self._embed_split(self.get_eval_dataloader(eval_dataset))
+            scores: dict[str, float] | None = None
+            if self.zero_shot is not None:  # first: a signal may break it off, and no half of it is written
+                scores = self.on_main_alone(lambda: self.zero_shot(self.accelerator.unwrap_model(self.model)))
             logs = self._contrast_in_groups(*embedded, logit_scale, metric_key_prefix)
-            if self.zero_shot is not None:
-                scores = self.on_main_alone(lambda: self.zero_shot(self.accelerator.unwrap_model(self.model))) or {}
-                logs.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+            logs.update({f"{metric_key_prefix}_{name}": value for name, value in (scores or {}).items()})
         self.model.train(was_training)
         num_rows, num_steps = len(embedded[0]), math.ceil(len(embedded[0]) / self.args.eval_batch_size)
         logs.update(speed_metrics(metric_key_prefix, start_time, num_samples=num_rows, num_steps=num_steps))
@@ -620,11 +623,11 @@ class _RunBookkeeping(TrainerCallback):
         if state.is_world_process_zero:
             self.trainer.train_file.keep_until(state.global_step)
             self.trainer.eval_file.keep_until(state.global_step)
+            self.trainer.alarm.warmup_steps = args.get_warmup_steps(state.max_steps)
+            self.trainer.alarm.restart(self.trainer.train_file.read())
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if args.skip_inactive_organs:
-            self.trainer.alarm.warmup_steps = args.get_warmup_steps(state.max_steps)
-            self.trainer.alarm.restart(self.trainer.train_file.read())
             self.trainer.forget_gradients_of_inactive_organs()
             self.trainer.step_organs.clear()
 
