@@ -119,11 +119,12 @@ def test_few_organs_at_chance_are_given_longer():
 
 
 def test_noise_larger_than_what_is_looked_for_is_no_evidence():
-    noisy = {"noise": 0.6, "floor": CHANCE - 0.3}
+    assert said(alarm_over(LATE * 200 + 100, 0.0, noise=0.6, floor=CHANCE - 0.3)) == []
+    noisy = {"noise": 0.6, "floor": CHANCE - 0.1}  # a perfect model would gain next to nothing
     assert said(alarm_over(LATE * 200 - 20, 0.0, **noisy)) == []
     late = alarm_over(LATE * 200, 0.0, **noisy)
     assert said(late) == [(LATE * 200, "nothing to tell apart", ORGANS)] and not late.findings[0].is_alarm
-    assert "floor 1.779" in late.findings[0].text
+    assert "floor 1.979" in late.findings[0].text
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,11 @@ class Evidence:
     def is_at_chance(self) -> bool:
         return not self.learns and self.gain + Z * self.error < PART * self.room
 
+    @property
+    def is_cramped(self) -> bool:
+        """Chance and floor are as good as one, and the noise is larger than what lies between."""
+        return not self.learns and self.room < PART * self.chance and Z * self.error > PART * self.room
+
 
 def pool(rows: Sequence[OrganLossRow], steps: int) -> Evidence:
     """Pool log lines of one organ; each counts by its batches."""
@@ -340,25 +345,26 @@ class ChanceAlarm:
                 if now is not None and now.gain - Z * now.error > PART * now.room:
                     finding.learned_since.setdefault(organ, step)
         are_most = 2 * len(at_chance) > len(judged)
-        unknown = [evidence for evidence in judged.values() if not (evidence.learns or evidence.is_at_chance)]
+        late = {organ for organ in judged if since[organ] >= LATE * self.alarm_steps}
+        late_at_chance = [evidence for organ, evidence in at_chance.items() if organ in late]
+        cramped = [evidence for evidence in judged.values() if evidence.is_cramped]
         for organ, evidence in judged.items():
-            is_late = since[organ] >= LATE * self.alarm_steps
             is_said = any(organ in each.organs and organ not in each.learned_since for each in self.findings)
-            if is_said or evidence.learns or not (are_most or is_late):
+            if is_said or evidence.learns or not (are_most or organ in late):
                 continue
             if evidence.is_at_chance and are_most:
                 yield organ, *self._cause(evidence, list(at_chance.values()), list(judged.values()))
             elif evidence.is_at_chance:
-                yield organ, *self._cause(evidence, [evidence], [evidence])
-            elif is_late:
-                yield organ, "nothing to tell apart", _losses(unknown)
+                yield organ, *self._cause(evidence, late_at_chance, [evidence])
+            elif evidence.is_cramped:
+                yield organ, "nothing to tell apart", _losses(cramped)
 
     def _cause(self, evidence: Evidence, at_chance: Sequence[Evidence], judged: Sequence[Evidence]) -> tuple[str, str]:
         """(4) The likely cause why an organ is at chance, and what speaks for it.
 
         Args:
             evidence: The organ's.
-            at_chance: What the losses are told of: all organs at chance if they are most, else the same alone.
+            at_chance: What the losses are told of: all organs at chance if they are most, else those that are late.
             judged: What `fit` is taken from: whether captions belong to images is asked of all organs together.
         """
         losses, (fit, error) = _losses(at_chance), _mean_fit(judged)
