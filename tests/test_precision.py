@@ -7,7 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_split import TINY_RECIPE, write_tiny_split
-from tiny_training import tiny_rows, tiny_trainer
+from tiny_training import forward_batch, tiny_rows, tiny_trainer
 from transformers import set_seed
 
 import train_fvlm
@@ -210,7 +210,7 @@ def test_checkpoints_of_both_towers_recompute_and_replay_all_dropout(tmp_path):
         batch = trainer.data_collator([trainer.train_dataset[index] for index in range(len(ROWS))])
         model.train()
         set_seed(3)
-        model(**batch).loss.backward()
+        model(**forward_batch(batch)).loss.backward()
         runs.append({tower: len(calls) for tower, calls in ran.items()})
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     assert runs == [{"vision": 2, "text": 2}, {"vision": 4, "text": 4}]
@@ -251,7 +251,7 @@ def test_gradients_of_lower_precision_are_close(tmp_path, dtype, tolerance):
     for is_lower in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", dtype, enabled=is_lower):
-            loss = model(**batch).loss
+            loss = model(**forward_batch(batch)).loss
         loss.backward()
         gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
         results.append((loss.detach(), gradient))
