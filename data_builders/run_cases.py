@@ -221,15 +221,16 @@ def told(text: str, case: Case, places: Sequence[Path], is_hashed: bool) -> str:
     the source either, for file names are often the ids of patients.
     """
     files = (case.volume, case.mask)
-    mask = places[1] if len(places) > 1 else case.mask
-    if isinstance(mask, Path) and text.startswith(str(mask)):
+    volume, mask = (*places, *files[len(places) :])
+    # A folder of structures may hold the volume as well: what begins with both means the longer.
+    spoken_of = [place for place in (volume, mask) if isinstance(place, Path) and text.startswith(str(place))]
+    if spoken_of and max(spoken_of, key=lambda place: len(str(place))) == mask != volume:
         text = f"mask {text}"  # it often has the name of its volume
     for place in (*places, *files):
         if isinstance(place, Path):
             text = text.replace(f"{place.parent}{os.sep}", "")
     if is_hashed:
         # By the copies where these are: what lies inside an archive is not known from its address.
-        volume, mask = (*places, *files[len(places) :])
         text = scrub(text, dataclasses.replace(case, volume=volume, mask=mask))
     return text
 
@@ -257,10 +258,10 @@ class SourceWatch:
         self.vanished_in_a_row = self.vanished_in_a_row + 1 if item.is_vanished else 0
         if item.is_vanished:
             case = self.cases[item.recon_id]
-            files = [file for file in (case.volume, case.mask) if isinstance(file, Path)]
-            if files and all(file.exists() for file in files):
+            gone = case.mask if item.skip_reason.startswith("the mask") else case.volume
+            if isinstance(gone, Path) and gone.exists():
                 here = platform.node()
-                if item.machine == here and files[0].is_absolute():
+                if item.machine == here and gone.is_absolute():
                     raise BuildStopped(f"the files of {item.recon_id} were gone and are there again. {AGAIN}")
                 raise BuildStopped(
                     f"a worker on {item.machine} does not see the files of {item.recon_id}, which are there on {here}: "

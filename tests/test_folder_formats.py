@@ -253,6 +253,20 @@ def test_dicom_beside_its_mask_in_one_folder(tmp_path):
     assert found.place == tmp_path / "all" / "flat.nii.gz", "a file of that very name comes before what a folder holds"
 
 
+@pytest.mark.parametrize("broken", ["ct", "liver"])
+def test_a_broken_file_among_the_structures_beside_their_volume(tmp_path, broken):
+    """The mask is the folder, and its name begins that of the volume, too: which of them is broken must be told."""
+    volume, mask = arrays(1)
+    folder = tmp_path / "all" / "p_1"
+    save_nifti(volume, folder / "ct.nii.gz")
+    save_structures(mask, folder)
+    (folder / f"{broken}.nii.gz").write_bytes(b"")
+    table = table_of(tmp_path / "r.csv", ["p_1"])
+    assert build(tmp_path / "out", "--volumes", tmp_path / "all", "--reports", table) == 1
+    told = {"ct": "ct.nii.gz: the file is empty", "liver": "mask liver.nii.gz: the file is empty"}[broken]
+    assert skipped(tmp_path / "out")["p_1"].startswith(told)
+
+
 # What is found by name alone. The files are empty: who opened one would fail.
 
 

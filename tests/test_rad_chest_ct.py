@@ -5,6 +5,7 @@ import json
 import os
 import signal
 
+import fsspec
 import nibabel
 import numpy as np
 import pyarrow.parquet as pq
@@ -378,6 +379,29 @@ def test_one_volume_that_goes_or_is_broken_is_skipped(release, tmp_path, capsys,
     assert "skipped val00001: val00001.npz: cut short or damaged" in printed and str(images) not in printed
     assert "skipped trn00001: volume file is missing" in printed and "1 volume written" in printed
     assert [path.name for path in (tmp_path / "scans").iterdir()] == ["trn00002.nii.gz"]
+
+
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_a_remote_volume_that_goes_is_skipped_though_its_mask_is_there(release, tmp_path, monkeypatch, is_relative):
+    """A local mask does not tell that the remote volume is there again: every other build would stop at this case."""
+    fs = fsspec.filesystem("memory")
+    fs.put(str(release), "/RAD", recursive=True)
+    check = rad_chest_ct.check_geometry
+
+    def disturbed(*arguments):
+        fs.rm("/RAD/images/tst00001.npz")
+        return check(*arguments)
+
+    monkeypatch.setattr(rad_chest_ct, "check_geometry", disturbed)
+    monkeypatch.chdir(tmp_path)
+    masks = "masks" if is_relative else str(tmp_path / "masks")
+    try:
+        command = ["rad_chest_ct", "--source", "memory://RAD", "--masks", masks, "--out", str(tmp_path / "out"), *GRID]
+        assert main(command) == 0
+    finally:
+        fs.rm("/RAD", recursive=True)
+    reasons = {entry["case"]: entry["reason"] for entry in manifest_of(tmp_path / "out")["skipped"]}
+    assert reasons == {"tst00001": "the volume file was there when the build began, and is gone"}
 
 
 # What is missing or broken
