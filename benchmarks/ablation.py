@@ -97,7 +97,14 @@ def rows(patients: int, steps: int) -> list[Row]:
         for name, words in balance.items()
     ]
     table += [
-        Row(f"global-{kind}", "global branch", label, options=("--model.volume_pooling", kind), **at_8)
+        Row(
+            f"global-{kind}",
+            "global branch",
+            label,
+            # Reports are longer than captions.
+            options=("--model.volume_pooling", kind, "--model.max_report_length", "384"),
+            **at_8,
+        )
         for kind, label in (("mean", "mean over tokens"), ("attention", "attention pooling"))
     ]
     # Both go on from the model of `contrast-8`, with as many patients again.
@@ -219,7 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in known:
             parser.error(f"--rows {name} is none of {', '.join(known)}.")
     chosen = [row for row in table if not options.rows or row.name in options.rows]
-    tasks = [(row, seed) for row in chosen for seed in (options.seeds if row.has_seeds else options.seeds[:1])]
+    # The first seed of every row before the second of any: a run that is broken off leaves a whole table.
+    tasks = [(row, seed) for seed in options.seeds for row in chosen if row.has_seeds or seed == options.seeds[0]]
     faults = []
     # Those that go on from another row's model come when that is there.
     for stage in ([task for task in tasks if task[0].start is None], [task for task in tasks if task[0].start]):
