@@ -213,17 +213,17 @@ def test_a_signal_before_the_first_step_writes_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_model_alone_is_not_enough_to_go_on(tmp_path):
+@pytest.mark.parametrize("step", [3, 4], ids=["between", "where the model alone was saved"])
+def test_a_model_alone_is_not_enough_to_go_on(tmp_path, step):
     with StopSignals() as signals:
         trainer = tiny_trainer(tmp_path, ROWS, **SAVING | {"save_only_model": True})
-        trainer.add_callback(At(3, lambda: (signalled(), wait_for(signals))))
+        trainer.add_callback(At(step, lambda: (signalled(), wait_for(signals))))
         trainer.signals = signals
         with pytest.raises(StopRequested):
             trainer.train()
     assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
-    assert (tmp_path / "checkpoint-3" / "optimizer.pt").exists() and (
-        tmp_path / "checkpoint-3" / "rng_state.pth"
-    ).exists()
+    last = tmp_path / f"checkpoint-{step}"
+    assert (last / "optimizer.pt").exists() and (last / "rng_state.pth").exists()
 
 
 @pytest.mark.parametrize("moment", ["batch", "zero_shot"])
@@ -569,3 +569,22 @@ def test_a_run_that_goes_back_puts_later_checkpoints_aside(tmp_path):
     back.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     later = ["_superseded-checkpoint-6", "_superseded-checkpoint-8"]
     assert names(tmp_path) == [*later, "checkpoint-2", "checkpoint-4", "checkpoint-5"]
+
+
+@pytest.mark.parametrize("schedule", [{"lr_scheduler_type": "cosine"}, {"lr_schedule": "published", "min_lr": 1e-5}])
+def test_a_run_goes_on_with_another_learning_rate(tmp_path, schedule):
+    """As the advice after a broken step is; the optimizer's state would bring the old one back."""
+
+    def rates(run, start, **settings):
+        settings = {**SAVING, "warmup_steps": 0, "logging_steps": 1, "layer_lr_decay": 0.5, **schedule, **settings}
+        trainer = tiny_trainer(tmp_path / run, ROWS, **settings | {"save_total_limit": None})
+        trainer.train(resume_from_checkpoint=start)
+        return {line["step"]: line["learning_rate"] for line in lines(trainer) if line["step"] > 4}, trainer
+
+    before, _ = rates("before", None)
+    lower, fresh = rates("lower", None, learning_rate=1e-4)
+    assert all(before[step] != rate for step, rate in lower.items())
+    after, trainer = rates("before", str(tmp_path / "before" / "checkpoint-4"), learning_rate=1e-4)
+    assert after == pytest.approx(lower)
+    groups = trainer.optimizer.param_groups, fresh.optimizer.param_groups
+    assert len(groups[0]) > 2 and [group["lr"] for group in groups[0]] == [group["lr"] for group in groups[1]]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -102,7 +103,8 @@ class DurableTrainer(Trainer):
     def stop(self, name: str) -> None:
         """Write the checkpoint of a run that was asked to stop, and end it."""
         step = self.state.global_step
-        if self.saved_step != step or self.evaluation_is_due:
+        is_saved = self.saved_step == step and not self.args.save_only_model
+        if not is_saved or self.evaluation_is_due:
             self._save_checkpoint(self.model, None, is_last=True)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         folder = checkpoints.checkpoint_folder(self._get_output_dir(trial=None), step)
@@ -285,8 +287,26 @@ class DurableTrainer(Trainer):
                 checkpoints.finish_checkpoint(run, step)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        asked = [group.get("initial_lr") for group in self.optimizer.param_groups]  # as the scheduler set them
         super()._load_optimizer_and_scheduler(checkpoint)
         self.resumed_from = checkpoint
+        if checkpoint is not None:
+            self._take_rates(asked)
+
+    def _take_rates(self, asked: list[float | None]) -> None:
+        """Go on with the learning rates of the arguments, if they are not those of the checkpoint.
+
+        Args:
+            asked: Highest rate of each group of parameters.
+        """
+        scheduler, groups = self.lr_scheduler, self.optimizer.param_groups
+        if not isinstance(scheduler, LambdaLR) or None in asked or scheduler.base_lrs == asked:
+            return
+        logger.warning("the learning rate is %g from here on, not %g as before.", asked[0], scheduler.base_lrs[0])
+        scheduler.base_lrs = asked
+        for group, rate, share in zip(groups, asked, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * share(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in groups]
 
     def redo_evaluation(self) -> None:
         """Do the evaluation that a signal broke off, as if it had not."""
