@@ -12,6 +12,9 @@ the time limit (`--signal=USR1@300`). The run then
 So the signal must come earlier before the end than a step and a checkpoint take together. A second signal ends the
 process at once, with status 128 + its number; what comes within two seconds of the first is the same signal, sent to a
 group of processes and handed on by a launcher.
+
+Behind a launcher (accelerate launch, torchrun) the processes hear of a SIGTERM through it, have its 30 seconds, and its
+status is 1 whatever theirs was. On SLURM let srun start them: hub_configs/slurm/train.sh.
 """
 
 import os
