@@ -18,6 +18,7 @@ import os
 import signal
 import textwrap
 import threading
+import uuid
 from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -132,6 +133,8 @@ def continue_or_begin(
     if before is None:
         if holds_something:
             raise ValueError(f"--out {folder} is not empty and holds no processed split; name a new folder.")
+        if is_part and not is_first(folder, identity):  # another task has begun since, perhaps with other settings
+            return continue_or_begin(folder, identity, plan, shards, mine, is_part, again)
     else:
         check_may_continue(before["settings"], identity["settings"], f"--out {folder}")
         if before["source_sha256"] != identity["source_sha256"]:
@@ -156,6 +159,22 @@ def continue_or_begin(
         if not is_part:
             remove_shards(folder, known_records(folder).keys() - {shard.file for shard in shards})
     return identity
+
+
+def is_first(folder: Path, identity: dict) -> bool:
+    """Note the identity of a new build; False where another task has done so, whose identity stays."""
+    path = folder / PROGRESS_FOLDER / "identity.json"
+    own = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    write_json(own, identity)
+    try:
+        os.link(own, path)  # unlike a rename, it fails where the name is taken
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links: the caller writes it, and the last one of several stays
+        return True
+    finally:
+        own.unlink(missing_ok=True)
+    return True
 
 
 def is_finished(folder: Path, identity: dict, shards: Sequence[Shard]) -> bool:

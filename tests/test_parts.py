@@ -11,6 +11,7 @@ from killing import run_killed
 from tiny_release import GEOMETRY, REPORT, arrays, command, contents, ct_rate_release, save_nifti, volume_of, write_csv
 
 from data_builders import build as build_module
+from data_builders import progress
 from data_builders.__main__ import main
 from data_builders.build import part_of
 from data_builders.shards import PROGRESS_FOLDER
@@ -75,6 +76,35 @@ def test_tasks_that_begin_at_the_same_time(release, whole, tmp_path):
     assert [task.exitcode for task in tasks] == [0, 0, 0]
     assert merge(out) == 0
     assert contents(out) == whole
+
+
+def test_a_task_of_another_build_that_begins_at_the_same_time(release, tmp_path, capsys, monkeypatch):
+    """Both have seen a new folder. The second one must not add shards of other settings to those of the first."""
+    out, begin, read = tmp_path / "split", build_module.continue_or_begin, progress.read_identity
+
+    def overtaken(folder):
+        before = read(folder)
+        monkeypatch.setattr(progress, "read_identity", read)
+        monkeypatch.setattr(build_module, "continue_or_begin", begin)
+        assert build(release, out, "--shard", "1/3") == 0
+        return before
+
+    def beginning(*arguments):
+        monkeypatch.setattr(progress, "read_identity", overtaken)
+        return begin(*arguments)
+
+    monkeypatch.setattr(build_module, "continue_or_begin", beginning)
+    assert build(release, out, "--shard", "2/3", "--rows_per_shard", "1") == 2
+    assert "begun with other settings (rows_per_shard: 2 there, 1 here)" in " ".join(capsys.readouterr().err.split())
+    assert shards_in(out) == [SHARDS[0], SHARDS[3]]
+
+
+def test_tasks_on_a_file_system_without_links(release, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", no_link)
+    for shard in ("1/2", "2/2"):
+        assert build(release, tmp_path / "split", "--shard", shard) == 0
+    assert merge(tmp_path / "split") == 0
+    assert contents(tmp_path / "split") == whole
 
 
 def run_task(release: Path, out: Path, shard: str) -> None:
