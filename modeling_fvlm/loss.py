@@ -234,12 +234,13 @@ def label_soft_positives(labels: Tensor, finding_of_organ: Tensor, is_abnormal: 
     Source:
         Jaccard, Bulletin de la Societe vaudoise des sciences naturelles 37, 1901.
     """
-    is_present, is_known = (labels == 1).float(), (labels >= 0).float()
-    of_organ = finding_of_organ.float()[:, None]  # (organs, 1, findings)
-    present = is_present * of_organ  # (organs, patients, findings)
-    both = present @ is_present.T
-    either = present @ is_known.T + (is_known * of_organ) @ is_present.T - both
-    return both / either.clamp(min=1) * _other_abnormal_pairs(is_abnormal, is_valid)
+    with torch.autocast(labels.device.type, enabled=False):
+        is_present, is_known = (labels == 1).float(), (labels >= 0).float()
+        of_organ = finding_of_organ.float()[:, None]  # (organs, 1, findings)
+        present = is_present * of_organ  # (organs, patients, findings)
+        both = present @ is_present.T
+        either = present @ is_known.T + (is_known * of_organ) @ is_present.T - both
+        return both / either.clamp(min=1) * _other_abnormal_pairs(is_abnormal, is_valid)
 
 
 def peer_distributions(

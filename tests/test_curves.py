@@ -109,6 +109,19 @@ def test_text_cosine_leaves_equal_and_invalid_captions_out():
     )
 
 
+def test_autocast_rounds_no_column():
+    """Embeddings of a text side that collapses: bfloat16 would call cosines of 0.998 one."""
+    text = torch.nn.functional.normalize(1 + 0.05 * unit((6, 1, 8)), dim=-1)
+    arguments = batch(unit((6, 1, 8), 1), text, [[0], [0], [1], [1], [2], [3]], [[1]] * 6, [[1]] * 6)
+    rows = []
+    for enabled in (False, True):
+        window = OrganLossWindow(["lung"])
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            window.add(*arguments, image_embeds=unit((6, 1, 8), 1))
+        rows.append(window.rows(1, 0)[0])
+    assert rows[0].text_cosine < 1 and (rows[1].text_cosine, rows[1].fit) == (rows[0].text_cosine, rows[0].fit)
+
+
 def slow_row(batches, organ):
     """What a window says of one organ, patient by patient and pair by pair."""
     excess, active, cosines, equal, valid, abnormal, captioned, counts = [], 0, [], [], 0, 0, 0, [0, 0]

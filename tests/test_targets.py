@@ -79,6 +79,14 @@ def test_jaccard_by_hand():
     assert soft.tolist() == expected
 
 
+def test_autocast_rounds_no_label_target():
+    yes = torch.ones(2, 1, dtype=torch.bool)
+    labels, of_organ = torch.tensor([[1, 0, 0], [1, 1, 1]]), torch.ones(1, 3, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        soft = label_soft_positives(labels, of_organ, yes, yes)
+    assert soft.dtype == torch.float32 and float(soft[0, 0, 1]) == pytest.approx(1 / 3, abs=1e-7)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_peer_speaks_of_abnormal_patients_alone(seed):
     image, text, _, is_abnormal, is_valid = fixed_of(seed)

@@ -141,7 +141,8 @@ class OrganLossWindow:
         excess = loss.double() - chance.double()
         # Captions collapse to one point before a run fails to learn: watch the mean cosine between DIFFERENT ones.
         text_embeds = text_embeds.detach().float()
-        cosines = torch.einsum("iod,jod->oij", text_embeds, text_embeds)
+        with torch.autocast(text_embeds.device.type, enabled=False):  # what matters is how close to 1 they are
+            cosines = torch.einsum("iod,jod->oij", text_embeds, text_embeds)
         is_pair = is_valid.T[:, :, None] & is_valid.T[:, None, :]
         state = is_valid.long() * CAPTIONED + is_abnormal.long() * ABNORMAL if organ_state is None else organ_state
         text = caption_id.T if organ_state is None else organ_state.T >> TEXT_BITS
@@ -237,7 +238,8 @@ def image_fit(image_embeds: Tensor, is_positive: Tensor, is_compared: Tensor) ->
     embeds = image_embeds.transpose(0, 1)
     centre = (embeds * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
     embeds = (embeds - centre) * weights
-    products = embeds @ embeds.transpose(1, 2)  # (organs, patients, patients)
+    with torch.autocast(embeds.device.type, enabled=False):
+        products = embeds @ embeds.transpose(1, 2)  # (organs, patients, patients)
     means = []
     for kind in (is_pair & is_positive, is_pair & ~is_positive, is_pair):
         means.append((products * kind).sum((1, 2)) / kind.sum((1, 2)).clamp(min=1))
