@@ -312,6 +312,11 @@ def check_only_mended(folder: Path, cases: Sequence[dict], is_hashed: bool) -> l
         known |= record.cases
     for name in (*now, *sorted(could_be_built - now.keys())):
         reason = now[name]["skip_reason"] if name in now else "it is not in the tables"
+        if name in could_be_built and reason is not None and name in now and now[name]["is_excluded"]:
+            raise ValueError(
+                f"{place}: {name} was chosen then, and now it is left out ({reason}): a file, or a line of a table, "
+                f"has come since. Take it away again. {mend}"
+            )
         if name in could_be_built and reason is not None:
             raise ValueError(
                 f"{place}: {name} could be built then, and now it cannot ({reason}); a file is gone, or a row of a "

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 from hub_stand_in import hub_stand_in
 from killing import run_killed
-from tiny_release import GEOMETRY, REPORT, arrays, command, contents, mask_of, save_nifti, volume_of, write_csv
+from tiny_release import (
+    GEOMETRY,
+    REPORT,
+    arrays,
+    command,
+    contents,
+    ct_rate_release,
+    mask_of,
+    save_nifti,
+    volume_of,
+    write_csv,
+)
 
 from data_builders import build as build_module
 from data_builders.__main__ import main
@@ -234,6 +245,22 @@ def test_a_row_that_is_gone_from_the_tables(own_release, tmp_path, capsys):
     path.write_text("".join(line for line in path.open() if not line.startswith("train_4_a_1")))
     assert main(command(own_release, tmp_path / "split")) == 2
     assert "train_4_a_1 could be built then, and now it cannot (it is not in the tables)" in capsys.readouterr().err
+
+
+def test_a_better_choice_that_has_come_since(tmp_path, capsys):
+    """Of a scan whose first reconstruction was missing the second was taken. Nothing is gone: that would mislead."""
+    release = ct_rate_release(tmp_path / "release", ["train_1_a_1", "train_1_a_2", "valid_1_a_1"])
+    first = volume_of(release, "train_1_a_1")
+    first.rename(tmp_path / "away.nii.gz")
+    assert main(command(release, tmp_path / "split")) == 0
+    before = contents(tmp_path / "split")
+    (tmp_path / "away.nii.gz").rename(first)
+    assert main(command(release, tmp_path / "split")) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "train_1_a_2 was chosen then, and now it is left out" in told and "'train_1_a_1', comes first" in told
+    assert "has come since. Take it away again. Name another --out" in told and "Bring it back" not in told
+    first.unlink()
+    assert main(command(release, tmp_path / "split")) == 0 and contents(tmp_path / "split") == before
 
 
 def test_a_split_from_before_there_were_digests(own_release, fresh, tmp_path, capsys):
