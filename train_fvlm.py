@@ -29,7 +29,6 @@ import os
 import platform
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -51,6 +50,7 @@ from training_fvlm.arguments import DataArguments, Settings, SettingsError, pars
 from training_fvlm.broken_steps import BrokenStep
 from training_fvlm.build import build_model, centre_projections, outline_model
 from training_fvlm.callbacks import CurveCallback
+from training_fvlm.card_facts import data_licence, measured_energy
 from training_fvlm.checkpoints import CheckpointError, is_disk_full
 from training_fvlm.co_teaching import PeerTrainer, peer_arguments, peer_collator
 from training_fvlm.collator import FVLMCollator, objective_options
@@ -65,6 +65,7 @@ from training_fvlm.data import (
     read_description,
 )
 from training_fvlm.durable import plain_message
+from training_fvlm.hub import prepare_repository
 from training_fvlm.label_task import LabelTask, check_labels, read_label_task
 from training_fvlm.model_card import render_card
 from training_fvlm.objective_settings import OBJECTIVE_FIELDS, organ_numbers
@@ -133,6 +134,8 @@ def train(settings: Settings, signals: StopSignals | None = None) -> int:
     check_sharding(data, args)
     if args.process_index == 0:
         logger.warning("%s", describe_launch(args))
+    if args.push_to_hub:
+        prepare_repository(args)
     set_seed(args.seed)
     pin_data(data, args.resume_from_checkpoint)
     if args.resume_from_checkpoint:
@@ -218,14 +221,12 @@ def train(settings: Settings, signals: StopSignals | None = None) -> int:
     if not trainer.adaptation.is_whole:
         logger.warning("%s", trainer.adaptation)
     trainer.write_card = lambda: write_card(trainer, run)
-    trainer.alarm.listener = lambda: write_alarms(trainer, run)
+    trainer.alarm.listener = lambda: write_progress(trainer, run)
     if trainer.is_world_process_zero():
         write_run(run, args.output_dir)
 
-    start_time = time.time()
     with gemm_backend(backend or BLAS):
         trainer.train(resume_from_checkpoint=resumed)
-        run["steps"], run["train_seconds"] = trainer.state.global_step, round(time.time() - start_time, 1)
         if overfit is not None:
             return end_overfit(trainer, run, overfit)
         if eval_dataset is not None and not was_just_evaluated(trainer):
@@ -235,7 +236,6 @@ def train(settings: Settings, signals: StopSignals | None = None) -> int:
     trainer.save_state()
     trainer.save_model(_internal_call=True)  # on all processes: each may hold a part of the weights
     if trainer.is_world_process_zero():
-        write_alarms(trainer, run)
         draw_if_logged(args.output_dir)
         trainer.write_card()
         logger.warning("trained %d steps in %.0f s: %s", run["steps"], run["train_seconds"], args.output_dir)
@@ -250,7 +250,7 @@ def end_overfit(trainer: FVLMTrainer, run: dict[str, Any], overfit: Overfit) -> 
     is_learned, sentence = overfit.verdict()
     if trainer.is_world_process_zero():
         run["overfit"] = {"is_learned": is_learned, "verdict": sentence}
-        write_alarms(trainer, run)
+        write_progress(trainer, run)
         draw_if_logged(trainer.args.output_dir)
         logger.warning("%s", sentence)
     trainer.end()
@@ -562,9 +562,9 @@ def resolved_settings(settings: Settings) -> dict[str, Any]:
 def describe_run(settings: Settings, trainer: FVLMTrainer, backend: str | None) -> dict[str, Any]:
     """Content of run.json: resolved settings, sizes, library versions and the command that made the run."""
     args = settings.training
-    rows = {settings.data.train_split: len(trainer.train_dataset)}
+    datasets = {settings.data.train_split: trainer.train_dataset}
     if trainer.eval_dataset is not None:
-        rows[settings.data.eval_split] = len(trainer.eval_dataset)
+        datasets[settings.data.eval_split] = trainer.eval_dataset
     # A folder to start from brings its text encoder: the recipe's is not read then.
     init_from = settings.data.init_from
     text_encoder = None if init_from else (settings.model.get("text_encoder") or {}).get("pretrained")
@@ -577,7 +577,12 @@ def describe_run(settings: Settings, trainer: FVLMTrainer, backend: str | None) 
             "model": init_from and public_name(init_from),
             "text encoder": text_encoder and public_name(text_encoder),
         },
-        "data_rows": rows,
+        "data_rows": {split: len(rows) for split, rows in datasets.items()},
+        "data_patients": {split: len(set(rows.patient_ids())) for split, rows in datasets.items()},
+        "model_terms": args.model_terms,
+        "repository": args.hub_model_id if args.push_to_hub else None,
+        "objective": {name: getattr(args, name) for name in OBJECTIVE_FIELDS},
+        "data_licence": data_licence(settings.data.data, settings.data.data_revision),
         "num_parameters": trainer.adaptation.num_parameters,
         "adapting": trainer.adaptation.describe(args),
         "group_size": args.group_size,
@@ -602,14 +607,22 @@ def write_run(run: dict[str, Any], output_dir: str) -> None:
     os.replace(unfinished, path)
 
 
-def write_alarms(trainer: FVLMTrainer, run: dict[str, Any]) -> None:
-    """Write run.json with what the alarm has said so far."""
-    run["alarms"] = trainer.alarm.entries()
+def write_progress(trainer: FVLMTrainer, run: dict[str, Any]) -> None:
+    """Write run.json with how far the run has come, and what the alarm has said so far."""
+    run |= {
+        "steps": trainer.state.global_step,
+        "max_steps": trainer.state.max_steps,
+        "is_finished": not trainer.is_in_train,
+        "train_seconds": round(trainer.clock.seconds, 1),
+        "energy": measured_energy(trainer.args.output_dir),
+        "alarms": trainer.alarm.entries(),
+    }
     write_run(run, trainer.args.output_dir)
 
 
 def write_card(trainer: FVLMTrainer, run: dict[str, Any]) -> None:
-    """Write README.md from the config, the run's settings and its last losses."""
+    """Write README.md from the config, the run's settings and its last losses; and run.json, as both stand now."""
+    write_progress(trainer, run)
     evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
     card = render_card(
         trainer.accelerator.unwrap_model(trainer.model).config,

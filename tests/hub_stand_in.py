@@ -62,6 +62,7 @@ class Hub:
     requests: list[str] = field(default_factory=list)  # "GET /path", without queries
     sent: dict[str, int] = field(default_factory=dict)  # file -> bytes of it that were sent
     broken: dict[str, list[str]] = field(default_factory=dict)
+    failures: dict[str, list[int]] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def put(self, repo_type: str, repo_id: str, path: str, content: bytes) -> str:
@@ -98,6 +99,10 @@ class Hub:
         Reads are GET requests to its `resolve` address; the faults are used up one by one.
         """
         self.broken.setdefault(path, []).extend(faults)
+
+    def fail_next(self, part: str, *statuses: int) -> None:
+        """Answer the next requests with `part` in their path by these error codes, one by one."""
+        self.failures.setdefault(part, []).extend(statuses)
 
 
 @contextmanager
@@ -181,6 +186,9 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {unquote(url.path)}")
         try:
             with self.hub.lock:
+                for part, statuses in self.hub.failures.items():
+                    if part in url.path and statuses:
+                        raise Answer({"error": "out of order"}, statuses.pop(0))
                 self.route(url.path)
             raise Answer({"error": f"no such route: {self.command} {url.path}"}, 404)
         except Answer as answer:

@@ -749,30 +749,26 @@ def text_features(folder) -> torch.Tensor:
 
 
 def test_a_checkpoint_is_pushed_as_a_merged_model(work, monkeypatch):
-    import transformers.trainer
+    from training_fvlm import hub
 
     pushed = []
 
-    class Hub:
-        def create_repo(self, name, **options):
-            return SimpleNamespace(repo_id=f"someone/{name}")
+    def start(uploads, folder, name, *words):
+        weights = load_file(f"{folder}/model.safetensors")
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        files = {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*")}
+        pushed.append((weights, config["auto_map"]["AutoModel"], files))
 
-        def upload_folder(self, *, folder_path, **options):
-            weights = load_file(f"{folder_path}/model.safetensors")
-            config = json.loads((Path(folder_path) / "config.json").read_text(encoding="utf-8"))
-            pushed.append(
-                (weights, config["auto_map"]["AutoModel"], {path.name for path in Path(folder_path).iterdir()})
-            )
-            return SimpleNamespace(is_done=lambda: True, done=lambda: True, result=lambda: None)
-
-    monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
+    monkeypatch.setattr(train_fvlm, "prepare_repository", lambda args: None)
+    monkeypatch.setattr(hub.Uploads, "start", start)
     words = ["--lora", "text", "--push_to_hub", "--hub_strategy", "every_save"]
     assert train_fvlm.main(command(work, "pushed", *words)) == 0
     plain = set(load_file(work.base / "model.safetensors"))
     assert len(pushed) >= 3
     for weights, code, files in pushed:
         assert set(weights) == plain and code == "modeling_fvlm.FVLMModel"
-        assert "modeling_fvlm.py" in files and not any(name.startswith("adapter_") for name in files)
+        assert {"modeling_fvlm.py", "adapter/adapter_model.safetensors"} <= files
+        assert not any(name.startswith("adapter_") for name in files)
     assert any(not torch.equal(pushed[0][0][name], pushed[-1][0][name]) for name in plain)
 
 

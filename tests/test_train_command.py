@@ -240,6 +240,22 @@ def test_the_control_trains_and_says_so_on_its_card(work):
     assert [row.loss for row in own] != [row.loss for row in shuffled]
 
 
+def test_organs_that_do_not_learn_are_told_in_log_record_and_card(work, caplog):
+    command = [*tiny_command(work, "alarmed"), "--learning_rate", "0", "--eval_strategy", "no", "--save_steps", "20"]
+    words = ["--max_steps", "40", "--alarm_steps", "16"]
+    assert train_fvlm.main([*command, *words]) == 0
+    facts = json.loads((work / "alarmed" / "run.json").read_text())
+    (alarm,) = facts["alarms"]
+    assert alarm["is_alarm"] and alarm["organs"] == list(ORGANS) and 16 < alarm["step"] <= 40
+    assert f"alarm: {alarm['text']}" in caplog.text and alarm["text"].startswith("not learning after")
+    assert alarm["text"] in (work / "alarmed" / "README.md").read_text()
+    assert json.loads((work / "run" / "run.json").read_text())["alarms"] == []
+    caplog.clear()
+    assert train_fvlm.main([*command, *words, "--resume_from_checkpoint", str(work / "alarmed" / "checkpoint-20")]) == 0
+    assert caplog.text.count("alarm:") == (alarm["step"] > 20), "what was said before the checkpoint is not said again"
+    assert json.loads((work / "alarmed" / "run.json").read_text())["alarms"] == [alarm]
+
+
 def test_zero_shot_scores_of_the_users_own_prompts_are_logged(work):
     items = [
         {"finding": f"{organ} {name}", "organ": organ, "positive": f"{name}.", "negative": f"{organ} shows no {name}."}
@@ -268,33 +284,6 @@ def test_prompts_that_do_not_fit_stop_before_training(work, capsys):
         assert train_fvlm.main([*command, "--eval_tasks", str(work / "misspelt.yaml")]) == 2
         assert message in capsys.readouterr().err
     assert not (work / "misspelt" / "run.json").exists()
-
-
-def test_a_push_is_private_and_holds_the_model_and_no_data(work, monkeypatch):
-    import transformers.trainer
-
-    calls = {}
-
-    class Hub:
-        def create_repo(self, name, **options):
-            calls["create"] = (name, options)
-            return type("Url", (), {"repo_id": f"someone/{name}"})()
-
-        def upload_folder(self, *, folder_path, ignore_patterns, repo_id, **options):
-            files = {
-                path.name for path in Path(folder_path).iterdir() if not path.name.startswith(("_", "checkpoint-"))
-            }
-            calls["upload"] = (repo_id, ignore_patterns, files)
-
-    monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
-    command = ["--recipe", str(work / "tiny.yaml"), "--data", str(work / "split"), "--output_dir", str(work / "pushed")]
-    assert train_fvlm.main([*command, "--push_to_hub", "--max_steps", "2", "--logging_steps", "1"]) == 0
-    assert calls["create"][0] == "pushed" and calls["create"][1]["private"] is True
-    repo_id, ignored, files = calls["upload"]
-    assert repo_id == "someone/pushed" and "checkpoint-*" in ignored
-    assert {"model.safetensors", "config.json", "modeling_fvlm.py", "tokenizer.json", "loss_curves.png"} <= files
-    assert not any(name.endswith((".parquet", ".arrow", ".bin")) for name in files)
-    assert "# fVLM" in (work / "pushed" / "README.md").read_text(), "our card, not the Trainer's draft"
 
 
 def test_a_pretrained_text_encoder_keeps_its_weights(work, tmp_path):
@@ -400,6 +389,7 @@ def test_auto_resume_starts_afresh_where_there_is_nothing(tmp_path):
     assert settings_of("--resume_from_checkpoint", "auto", tmp_path=tmp_path).training.resume_from_checkpoint is None
     checkpoint = tmp_path / "out" / "checkpoint-5"
     checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")  # the last file of a whole one
     settings = settings_of("--resume_from_checkpoint", "auto", tmp_path=tmp_path)
     assert settings.training.resume_from_checkpoint == str(checkpoint)
 
@@ -461,15 +451,6 @@ def test_help_is_a_manual(capsys):
     for words in ("python train_fvlm.py --recipe synthetic_demo --data", "--shuffle_captions", "token_selection"):
         assert words in text
     assert "Trainer: 500" in text, "a default that departs from the Trainer's says so"
-
-
-def test_accelerate_configs_parse():
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    # test_two_processes.py launches the last of them
-    for name, processes in (("one_gpu", 1), ("four_gpus", 4), ("cpu_two", 2)):
-        config = load_config_from_file(str(ROOT / "hub_configs" / "accelerate" / f"{name}.yaml"))
-        assert config.num_processes == processes
 
 
 FULL_SIZE = """

@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from modeling_fvlm.configuration_fvlm import ATTENTIONS, AXES, FVLMConfig, FVLMVisionConfig
 from modeling_fvlm.gemm import BACKENDS
+from modeling_fvlm.licences import licence_fields
 
 from .checkpoints import LAST_FILE, is_complete, newest_checkpoint
 from .objective_settings import ObjectiveSettings
@@ -96,13 +97,13 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Start from a folder that `python -m training_fvlm.convert` or an earlier training wrote: its "
-            "architecture, weights, text encoder and tokenizer. Organs are found by name and keep query and projection; "
-            "one that the model does not know takes those of its nearest (same TotalSegmentator classes, else the "
-            "nearest centre in the split's masks), and those the split lacks are dropped: the log, run.json and the "
-            "card say which took which. Spacing, margin and preprocessing must be the split's. The model section may "
-            "then change only what holds no weights: dropouts, limits of the temperature, organ_reduction, "
-            "completeness, windows and the like. With --resume_from_checkpoint the folder must still be there: the "
-            "architecture is read from it."
+            "architecture, weights, text encoder and tokenizer. Organs are found by name and keep their query and "
+            "projection; one that the model does not know takes those of its nearest (same TotalSegmentator classes, "
+            "else the nearest centre in the split's masks), and those the split lacks are dropped: the log, run.json "
+            "and the card say which took which. Spacing, margin and preprocessing must be the split's. The model "
+            "section may then change only what holds no weights: dropouts, limits of the temperature, "
+            "organ_reduction, completeness, windows and the like. With --resume_from_checkpoint the folder must still "
+            "be there: the architecture is read from it."
         },
     )
     train_split: str = field(default="train", metadata={"help": "Name of the split to train on."})
@@ -366,12 +367,33 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
         },
     )
     hub_strategy: str = field(
-        default="end",
-        metadata={"help": "When --push_to_hub pushes. Trainer: at every save, without code, card and curves."},
+        default="every_save",
+        metadata={
+            "help": "When --push_to_hub pushes, and what: `end` the finished model; `every_save` at each checkpoint as "
+            "well, each time a whole folder with code, processor, card and curves; `checkpoint` also the checkpoint "
+            "with its optimizer state, as last-checkpoint/; `all_checkpoints` each as checkpoint-N/. A Hub that cannot "
+            "be reached stops nothing: the next save tries again, and by hand it is python -m training_fvlm.push."
+        },
     )
     hub_private_repo: bool | None = field(
         default=True,
-        metadata={"help": "Make the repository of --push_to_hub private. Trainer: your account's default."},
+        metadata={
+            "help": "Keep the repository of --push_to_hub private: one that is public is refused. false publishes the "
+            "model, and needs --model_license. Trainer: your account's default."
+        },
+    )
+    model_license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the weights for the card: an id of the Hub's list, such as cc-by-nc-4.0, or `other` "
+            "with a name and a link. Mind those of the data and of the weights it started from."
+        },
+    )
+    model_license_name: str | None = field(
+        default=None, metadata={"help": "With --model_license other: a short name, such as hospital-research-terms."}
+    )
+    model_license_link: str | None = field(
+        default=None, metadata={"help": "With --model_license other: web address of the terms."}
     )
 
     def __post_init__(self) -> None:
@@ -419,6 +441,7 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
         if self.gemm_backend not in ("auto", *BACKENDS):
             raise SettingsError(f"--gemm_backend {self.gemm_backend!r} must be auto, {' or '.join(BACKENDS)}.")
         self._check_attention()
+        self._check_licence()
         self._check_adapting()
         self._check_objective()
         if self.device.type == "cpu" and self.torch_compile:
@@ -443,6 +466,30 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
             )
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinned memory serves copies to a GPU only
+
+    def _check_licence(self) -> None:
+        """Refuse a licence that says nothing, and a public model without one."""
+        if self.model_license is None:
+            if self.model_license_name or self.model_license_link:
+                raise SettingsError("--model_license_name and --model_license_link go with --model_license other.")
+            if self.push_to_hub and self.hub_private_repo is False:
+                raise SettingsError(
+                    "--hub_private_repo false publishes the model: say under which licence (--model_license ID)."
+                )
+            return
+        try:
+            self.model_terms  # noqa: B018 - raises
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+
+    @property
+    def model_terms(self) -> dict[str, str]:
+        """The licence of the weights as a card's header has it; empty where nothing was said."""
+        if self.model_license is None:
+            return {}
+        return licence_fields(
+            self.model_license, self.model_license_name, self.model_license_link, option="--model_license"
+        )
 
     def _check_attention(self) -> None:
         """Refuse flash attention where it cannot run."""

@@ -1,23 +1,40 @@
 """README.md of a trained or converted model: where it comes from, how to feed it, and what it is not for.
 
-Everything that preprocessing depends on is written from the config, so that card and weights cannot disagree.
+Everything that preprocessing depends on is written from the config, so that card and weights cannot disagree. What is
+measured also goes into the header as `model-index`, where the Hub looks for results.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from modeling_fvlm.configuration_fvlm import FVLMConfig
 from modeling_fvlm.gemm import ONEDNN
 
+from .objective_settings import ObjectiveSettings
 from .organ_losses import OrganLossRow
 
 LIMITS = "Research only, not for diagnosis."
 PUBLISHED_CODE = "alibaba-damo-academy/fvlm, commit d768ec1"
 METHOD = "Shui et al., ICLR 2025, https://openreview.net/forum?id=nYpPAT4L3D"
-APACHE = ("license: apache-2.0",)
+TITLE = "fVLM: a CT volume and sentences, organ by organ"
+TASK = "zero-shot-image-classification"
 # Weights keep the licence they were published under, whatever was trained on top of them.
-OF_THE_SOURCE = ("license: other", "license_name: that-of-the-source-weights")
+OF_THE_SOURCE = {"license": "other", "license_name": "that-of-the-source-weights"}
+NOT_STATED = {"license": "unknown"}
+ANY_PLACE = "PATH_OR_HUB_ID"
+CITATION = """```bibtex
+@inproceedings{shui2025fvlm,
+  title     = {Large-scale and Fine-grained Vision-language Pre-training for Enhanced {CT} Image Understanding},
+  author    = {Shui, Zhongyi and others},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2501.14548}
+}
+```"""
 
 
 @dataclass(frozen=True)
@@ -46,30 +63,54 @@ def render_card(
         train_rows, eval_rows: Last losses of each organ (`organ_losses.last_rows`); evaluation may be empty.
         final_metrics: Numbers of the last evaluation, for the zero-shot lines.
     """
-    training = run["training"]
-    started_from = [f"{what} `{name}`" for what, name in run["started_from"].items() if name is not None]
+    training, data = run["training"], run["data"]
+    started_from = {what: name for what, name in run["started_from"].items() if name is not None}
+    is_control = data["shuffle_captions"]
     card = [
-        *opening(OF_THE_SOURCE if started_from else APACHE),
+        *opening(
+            **(run.get("model_terms") or (OF_THE_SOURCE if started_from else NOT_STATED)),
+            **_references(run),
+            **_emissions(run),
+            **_results(config, run, eval_rows, final_metrics),
+        ),
         f"A 3D vision-language model with {run['num_parameters']:,} parameters that compares each of "
         f"{len(config.organs)} organs of a CT with sentences about that organ. It was trained on pairs of an organ and "
         f"the caption a report gives it, without labels ({METHOD}).",
         "",
-        *usage(),
+        *([] if run.get("is_finished", True) else [
+            f"**Training goes on**: these are the weights after {run['steps']:,} of {run['max_steps']:,} steps.",
+            "",
+        ]),
+        *(["**A control**: captions were shuffled between patients. It cannot have learned what they say.", ""]
+          if is_control else []),
+        *usage(run.get("repository") or ANY_PLACE),
         *preprocessing(config),
+        "## Data",
+        "",
+        *table(
+            ("what", "value"),
+            [
+                ("data", f"`{run['data_name']}`, split by patient"),
+                ("rows", _counts(run["data_rows"], run.get("data_patients") or {})),
+                ("licence of the data", run.get("data_licence") or "not stated in their card"),
+                ("captions", "SHUFFLED between patients: a control" if is_control else "own"),
+            ],
+        ),
+        "",
+        "The data are not part of this repository.",
+        "",
         "## Training",
         "",
         *table(
             ("what", "value"),
             [
                 ("recipe", _recipe(run["recipe"])),
-                ("started from", ", ".join(started_from) or "random weights"),
+                ("started from", _started_from(started_from)),
                 *_organs(run.get("organs")),
-                ("data", f"{run['data_name']}, splits by patient"),
-                ("rows", ", ".join(f"{count:,} {split}" for split, count in run["data_rows"].items())),
-                ("captions", "SHUFFLED between patients: a control" if run["data"]["shuffle_captions"] else "own"),
-                ("flips", _flips(run["data"])),
+                ("flips", _flips(data)),
                 *_adapting(run.get("adapting"), training, run["num_parameters"]),
-                ("steps", f"{run['steps']:,} of {run['group_size']} patients"),
+                ("objective", _objective(run.get("objective") or {}, config)),
+                ("steps", f"{run['steps']:,} of {_contrast(run)}"),
                 ("optimizer", f"{training['optim']}, learning rate {training['learning_rate']:g}, "
                               f"weight decay {training['weight_decay']:g}{_decayed(training)}, {_schedule(training)}"),
                 ("precision", run["precision"] + _backend(run["gemm_backend"])),
@@ -80,23 +121,27 @@ def render_card(
         "",
         "All settings are in `run.json`.",
         "",
-        *([] if not started_from else [
-            "The weights it started from keep their licence, and it applies to this folder too. Only the code beside "
-            "them is Apache-2.0.",
-            "",
-        ]),
-        "## Losses",
+        "## Results",
         "",
         *_loss_table(config.organs, train_rows, eval_rows),
         "",
         *_alarms(run.get("alarms") or []),
         *_zero_shot(final_metrics),
+        *_time_and_energy(run),
         "## Limits",
         "",
         f"{LIMITS} The model says how well an image agrees with a sentence, not what a patient has. It was "
-        "trained on the data named above and knows no other scanners, populations, languages or wordings; the data is "
-        "not part of this repository. It needs a segmentation of the organs, and an organ cut by the scan or by the "
-        "crop is embedded from the part that is there. Scores are not calibrated probabilities.",
+        "trained on the data named above and knows no other scanners, populations, languages or wordings. It needs a "
+        "segmentation of the organs, and an organ cut by the scan or by the crop is embedded from the part that is "
+        "there. Scores are not calibrated probabilities.",
+        "",
+        "## Licence",
+        "",
+        *_licence(run.get("model_terms") or {}, bool(started_from)),
+        "",
+        "## Citation",
+        "",
+        CITATION,
         "",
     ]  # fmt: skip
     return "\n".join(card)
@@ -122,7 +167,7 @@ def render_converted_card(config: FVLMConfig, sources: Sequence[Source], is_trai
             "before training."
         )
     card = [
-        *opening(OF_THE_SOURCE),
+        *opening(**OF_THE_SOURCE),
         f"{state} The method: {METHOD}.",
         "",
         "## Where the weights are from",
@@ -156,37 +201,36 @@ def render_converted_card(config: FVLMConfig, sources: Sequence[Source], is_trai
     return "\n".join(card)
 
 
-def opening(license_lines: Sequence[str]) -> list[str]:
-    """What every card begins with: the front matter the Hub reads, the title, and what the model is not for."""
-    return [
-        "---",
-        *license_lines,
-        "library_name: transformers",
-        "pipeline_tag: zero-shot-image-classification",
-        "tags: [ct, radiology, vision-language, fvlm]",
-        "---",
-        "",
-        "# fVLM: a CT volume and sentences, organ by organ",
-        "",
-        f"**{LIMITS}**",
-        "",
-    ]
+def opening(**header: Any) -> list[str]:
+    """What every card begins with: the front matter the Hub reads, the title, and what the model is not for.
+
+    Args:
+        header: Fields of `ModelCardData` beside those that every model of ours has.
+    """
+    front = ModelCardData(
+        library_name="transformers", pipeline_tag=TASK, tags=["ct", "radiology", "vision-language", "fvlm"], **header
+    )
+    return ["---", *front.to_yaml(line_break="\n").splitlines(), "---", "", f"# {TITLE}", "", f"**{LIMITS}**", ""]
 
 
-def usage() -> list[str]:
-    """The section that says how to load model and processor."""
+def usage(place: str = ANY_PLACE) -> list[str]:
+    """The section that says how to load model and processor from a folder or repository."""
     return [
         "## Use",
         "",
         "```python",
         "from transformers import AutoModel, AutoProcessor",
         "",
-        'model = AutoModel.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True)',
-        'processor = AutoProcessor.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True)',
+        f'model = AutoModel.from_pretrained("{place}", trust_remote_code=True)',
+        f'processor = AutoProcessor.from_pretrained("{place}", trust_remote_code=True)',
         'inputs = processor(volumes=["ct.nii.gz"], masks=["totalsegmentator.nii.gz"])',
         "organs = model.get_organ_features(**inputs)",
         "organs.image_embeds  # (1, organs, projection_dim), unit length, in the order below",
         "```",
+        "",
+        f'Findings from prompts: `pipeline("ct-zero-shot", model="{place}", trust_remote_code=True)`, called '
+        'with `{"volume": "ct.nii.gz", "mask": "totalsegmentator.nii.gz"}` and `findings`, a list of `{"finding", '
+        '"organ", "positive", "negative"}`.',
         "",
     ]
 
@@ -243,6 +287,135 @@ def _window(window: dict[str, float]) -> str:
         f"[{window['hu_min']:g}, {window['hu_max']:g}] HU -> [0, 1], then minus {window['mean']:g}, "
         f"divided by {window['std']:g}"
     )
+
+
+def _licence(terms: dict[str, str], has_source: bool) -> list[str]:
+    """What the licence of the weights is: `terms` as the header has them, empty where none was given."""
+    name = terms.get("license_name", terms.get("license"))
+    link = f" ({terms['license_link']})" if "license_link" in terms else ""
+    source = (
+        "The weights it started from keep their licence, and it applies to this folder too. Only the code beside them "
+        "is Apache-2.0."
+    )
+    if not terms:
+        return [source if has_source else "None was stated for the weights. The code beside them is Apache-2.0."]
+    weights = f"Weights: {name}{link}. The code beside them is Apache-2.0."
+    return [weights, *(["", source] if has_source else [])]
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name is that of a repository: those of folders are cut to their last part."""
+    return name.count("/") == 1 and "://" not in name
+
+
+def _references(run: dict[str, Any]) -> dict[str, list[str]]:
+    """Data set and models it goes back to, as far as they are on the Hub."""
+    models = [name for name in run["started_from"].values() if name is not None and _is_hub_id(name)]
+    references = {"base_model": models} if models else {}
+    return references | ({"datasets": [run["data_name"]]} if _is_hub_id(run["data_name"]) else {})
+
+
+def _emissions(run: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, as the Hub's header has it, in grams."""
+    energy = run.get("energy")
+    if not energy:
+        return {}
+    emissions = {
+        "emissions": round(1000 * energy["co2_kg"], 3),
+        "source": "codecarbon",
+        "hardware_used": _hardware(run),
+    }
+    return {"co2_eq_emissions": emissions | {"training_type": "fine-tuning" if _references(run) else "pre-training"}}
+
+
+def _results(
+    config: FVLMConfig, run: dict[str, Any], eval_rows: dict[str, OrganLossRow], final_metrics: dict[str, float]
+) -> dict[str, Any]:
+    """`model-index`: what was measured on the evaluation split; nothing without one."""
+    measured = [
+        ("roc_auc", f"{name.removeprefix('eval_').removesuffix('_macro_auc')}: macro AUC, zero-shot", value)
+        for name, value in final_metrics.items()
+        if name.endswith("macro_auc")
+    ]
+    for organ in config.organs:
+        if row := eval_rows.get(organ):
+            measured.append(("contrastive_loss", f"{organ}: loss in nats (chance {row.chance:.3f})", row.loss))
+            guess = f"{organ}: nearest caption is right (guess {row.retrieval_chance:.3f})"
+            measured.append(("retrieval_at_1", guess, row.retrieval))
+    data = {"dataset_type": run["data_name"], "dataset_name": run["data_name"]}
+    results = [
+        EvalResult(
+            task_type=TASK, **data, dataset_split=run["data"].get("eval_split"),
+            metric_type=kind, metric_name=name, metric_value=round(float(value), 5),
+        )
+        for kind, name, value in measured
+        if math.isfinite(value)
+    ]  # fmt: skip
+    return {"model_name": TITLE, "eval_results": results} if results else {}
+
+
+def _counts(rows: dict[str, int], patients: dict[str, int]) -> str:
+    return ", ".join(
+        f"{count:,} {split}" + (f" (of {patients[split]:,} patients)" if split in patients else "")
+        for split, count in rows.items()
+    )
+
+
+def _started_from(started_from: dict[str, str]) -> str:
+    return ", ".join(f"{what} `{name}`" for what, name in started_from.items()) or "random weights"
+
+
+def _objective(objective: dict[str, Any], config: FVLMConfig) -> str:
+    """Targets, how organs are combined, and what else is not the published objective."""
+    words = [f"targets: {', '.join(objective.get('targets') or ['published'])}"]
+    words.append(f"loss over organs: {config.organ_reduction}")
+    if config.volume_pooling != "none":
+        words.append(f"whole volume against whole report, pooled by {config.volume_pooling}")
+    for entry in fields(ObjectiveSettings):
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        value = objective.get(entry.name, default)
+        if entry.name != "targets" and value != default:
+            words.append(f"{entry.name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+    return "; ".join(words)
+
+
+def _contrast(run: dict[str, Any]) -> str:
+    """How many patients a step contrasts, and how they get through memory."""
+    training = run["training"]
+    number = training.get("gradient_accumulation_steps") or 1
+    accumulated = f", the mean of {number} contrasts" if number > 1 else ""
+    is_cached = isinstance(training.get("contrastive_batch_size"), int)
+    chunks = f", in chunks of {training['micro_batch_size']} (gradient cache)" if is_cached else ""
+    return f"{run['group_size']} patients{accumulated}{chunks}"
+
+
+def _hardware(run: dict[str, Any]) -> str:
+    number = run.get("processes", 1)
+    return f"{number} x {run['device']}" if number > 1 else str(run["device"])
+
+
+def _time_and_energy(run: dict[str, Any]) -> list[str]:
+    """How long it took on what; energy only where something measured it."""
+    seconds = run.get("train_seconds")
+    if not seconds:
+        return []
+    hours = seconds / 3600
+    rows = [
+        ("hardware", _hardware(run)),
+        ("training time", f"{hours:.1f} h" if hours >= 2 else f"{seconds / 60:.1f} min"),
+        ("device-hours", f"{hours * run.get('processes', 1):.3g}"),
+    ]
+    if energy := run.get("energy"):
+        rows.append(("energy", f"{energy['kwh']:.3g} kWh, as codecarbon estimates it for the machine"))
+        rows.append(("emissions", f"{energy['co2_kg']:.3g} kg CO2e, on the grid that codecarbon took it to be on"))
+        text = "With another grid in mind: emissions = energy x its carbon intensity (kg CO2e per kWh)."
+    else:
+        text = (
+            "Energy was not measured (`--report_to codecarbon` would have). By hand: energy in kWh = device-hours x "
+            "watts of a device under load / 1000 x PUE of the site; emissions in kg CO2e = energy x carbon intensity "
+            "of its grid in kg CO2e per kWh."
+        )
+    return ["## Time and energy", "", *table(("what", "value"), rows), "", text, ""]
 
 
 def _organs(organs: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -309,20 +482,29 @@ def _loss_table(
 ) -> list[str]:
     if not train_rows:
         return ["No log line was written: fewer steps than `logging_steps`."]
+    has_retrieval = any(math.isfinite(row.retrieval) for row in eval_rows.values())
     text = [
-        "Contrastive loss in nats at the end of training (mean of the last five log lines), for each organ. Chance is "
-        "ln(patients contrasted): what a model gets that cannot tell patients apart. The floor is what a perfect one "
-        "gets; it is not 0, because patients with equal or normal captions are positives of each other.",
+        "Contrastive loss in nats (training: mean of the last five log lines), for each organ. Chance is ln(patients "
+        "contrasted): what a model gets that cannot tell patients apart. The floor is what a perfect one gets; it is "
+        "not 0, because patients with equal or normal captions are positives of each other."
+        + (" Retrieval@1 is how often the caption nearest to an organ's image is one of its own, in groups of the "
+           "training's size, with what a guess would get in brackets." if has_retrieval else ""),
         "",
         "![Loss curves](loss_curves.png)",
         "",
-    ]
+    ]  # fmt: skip
     rows = []
     for organ in organs:
         row, held_out = train_rows.get(organ), eval_rows.get(organ)
         numbers = [f"{value:.3f}" for value in (row.loss, row.chance, row.floor)] if row else ["never active", "", ""]
-        rows.append((organ, *numbers, f"{held_out.loss:.3f}" if held_out else ""))
-    return text + table(("organ", "training loss", "chance", "floor", "evaluation loss"), rows)
+        numbers += [f"{value:.3f}" for value in (held_out.loss, held_out.chance)] if held_out else ["", ""]
+        if has_retrieval:
+            is_known = held_out is not None and math.isfinite(held_out.retrieval)
+            numbers.append(f"{held_out.retrieval:.2f} ({held_out.retrieval_chance:.2f})" if is_known else "")
+        rows.append((organ, *numbers))
+    retrieval = ["retrieval@1 (guess)"] * has_retrieval
+    evaluation = ("evaluation loss", "its chance", *retrieval)
+    return text + table(("organ", "training loss", "chance", "floor", *evaluation), rows)
 
 
 def _alarms(alarms: Sequence[dict[str, Any]]) -> list[str]:
@@ -334,7 +516,7 @@ def _alarms(alarms: Sequence[dict[str, Any]]) -> list[str]:
         since = ", ".join(f"{organ} (step {step:,})" for organ, step in alarm["learned_since"].items())
         kind = "Alarm" if alarm["is_alarm"] else "Note"
         lines.append(f"- {kind}: {alarm['text']}" + (f" Below chance since: {since}." if since else ""))
-    return ["## Organs that did not learn", "", "As the run said while it went on:", "", *lines, ""]
+    return ["### Organs that did not learn", "", "As the run said while it went on:", "", *lines, ""]
 
 
 def _zero_shot(metrics: dict[str, float]) -> list[str]:
@@ -342,4 +524,4 @@ def _zero_shot(metrics: dict[str, float]) -> list[str]:
     if not scores:
         return []
     lines = [f"{name}: {value:.3f} on the evaluation split." for name, value in scores.items()]
-    return ["## Zero-shot", "", *lines, ""]
+    return ["### Zero-shot", "", *lines, ""]

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.trainer_utils import HubStrategy, speed_metrics
+from transformers.trainer_utils import speed_metrics
 
 from modeling_fvlm.loss import OrganLoss, organ_contrastive_loss
 from modeling_fvlm.pipeline_fvlm import save_for_hub
@@ -38,6 +38,7 @@ from .adapt import (
 )
 from .alarm import ChanceAlarm
 from .arguments import FVLMTrainingArguments, SettingsError
+from .card_facts import TrainingClock
 from .collator import FVLMCollator
 from .contrast_batches import ContrastBatches, num_held_chunks
 from .data import EpochSampler, SplitRows
@@ -46,10 +47,12 @@ from .embed import Embedded, embed, text_embeddings
 from .gather import gather_dict
 from .gradient_cache import GradientCache
 from .gradient_norms import GradientNorms
+from .hub import PushCallback, PushingTrainer
 from .label_task import LabelTask
 from .objective import Objective, Terms
 from .organ_losses import EVAL_FILE, TRAIN_FILE, OrganLossFile, OrganLossRow, OrganLossWindow, mean_over_rows
 from .organ_sampling import BalancedSampler, read_abnormal_captions
+from .scaling import prepare_for_sharding
 from .schedule import published_schedule
 from .teacher import MomentumTeacher, Teachers
 
@@ -65,7 +68,7 @@ LOGGED_MEANS |= {"retrieval_at_1": "retrieval", "retrieval_at_1_chance": "retrie
 LOGGED_OF_ORGANS = {"loss": "loss", "text_cosine": "text_cosine", "retrieval_at_1": "retrieval"}
 
 
-class FVLMTrainer(DurableTrainer):
+class FVLMTrainer(PushingTrainer, DurableTrainer):
     """Trainer for `FVLMModel`.
 
     Args:
@@ -117,6 +120,7 @@ class FVLMTrainer(DurableTrainer):
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False
+        prepare_for_sharding(self)
         of_run = self.accelerator.unwrap_model(self.model)
         organs = list(of_run.config.organs)
         self.window = self.extra_state["organ_losses"] = OrganLossWindow(organs)
@@ -146,6 +150,10 @@ class FVLMTrainer(DurableTrainer):
         self.train_file = OrganLossFile(os.path.join(args.output_dir, TRAIN_FILE))
         self.eval_file = OrganLossFile(os.path.join(args.output_dir, EVAL_FILE))
         self.add_callback(_RunBookkeeping(self))
+        self.clock = self.extra_state["clock"] = TrainingClock()
+        self.add_callback(self.clock)
+        if args.push_to_hub:
+            self.add_callback(PushCallback(self))
 
     # Data
 
@@ -400,12 +408,17 @@ class FVLMTrainer(DurableTrainer):
         """
         is_active = torch.stack(self.step_organs).any(0).tolist()
         model = self.accelerator.unwrap_model(self.model)
-        if not any(is_active):
+        if not any(is_active) and not self.objective.has_global_branch:
             model.zero_grad(set_to_none=True)
         for is_active_organ, parameters in zip(is_active, model.organ_projection.organ_parameters(), strict=True):
             if not is_active_organ:
                 for parameter in parameters:
                     parameter.grad = None
+
+    def _raise_if_broken(self, is_last: bool = False) -> None:
+        super()._raise_if_broken(is_last)
+        if is_last and self.peer is not None:  # it stands in the checkpoints as well
+            self.peer._raise_if_broken(is_last)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         """The norm of all gradients before clipping, which the Trainer logs; those of the towers are noted."""
@@ -570,11 +583,6 @@ class FVLMTrainer(DurableTrainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.adaptation.is_lora and self.args.hub_strategy != HubStrategy.END:
-            self._save(self.args.output_dir)  # what is pushed is a model, not an adapter without its base
-        super()._push_from_checkpoint(checkpoint_folder)
-
 
     def create_model_card(self, **kwargs: Any) -> None:
         """Write our own card in place of the Trainer's draft (the Trainer calls this before every push)."""
