@@ -10,14 +10,16 @@
 (2) a folder is listed once; what is asked for by name is looked up there
 (3) a file is fetched into a temporary folder of its own and compared with the size in the listing. A source that does
     not answer is asked again after growing pauses, then `SourceError` is raised. The folder is deleted in any case:
-    that of a process which was killed by the next one that makes a copy in the same place
+    that of a process which was killed by the next one that makes a copy in the same place, on the same machine
 Messages name files and repositories, never a token or what stands behind the `?` of an address: those are often keys.
 """
 
 import contextlib
 import errno
 import functools
+import hashlib
 import os
+import platform
 import re
 import shutil
 import stat
@@ -44,7 +46,9 @@ HUB_ADDRESS = re.compile(
     r"(?:/(?P<path>.*))?"
 )
 
-COPY_PREFIX, COPY_LOCK = "fvlm-copy-", "lock"  # of the folders of temporary copies; each holds a file to lock
+# Folders of temporary copies begin so, and each holds a file to lock. The machine stands in the name: there are shared
+# disks on which a lock holds for one machine alone, and another would take what is being read for a dead process's.
+COPY_PREFIX, COPY_LOCK = f"fvlm-copy-{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}-", "lock"
 
 Answer = TypeVar("Answer")
 
@@ -129,7 +133,7 @@ def folder_for_a_copy() -> Iterator[Path]:
 
 @functools.cache
 def remove_left_copies(place: str) -> None:
-    """Remove the copies of killed processes of this user; once per process, before its first copy.
+    """Remove the copies of killed processes of this user on this machine; once per process, before its first copy.
 
     A folder is theirs if it has our prefix and our owner, and if the lock in it can be had. Where no locks are to be
     had, everything stays.

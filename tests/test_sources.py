@@ -265,10 +265,12 @@ def copying(tmp_path):
     """A function that starts a process with a temporary copy in `tmp_path`; returns it and the path of the copy."""
     started = []
 
-    def start() -> tuple[subprocess.Popen, Path]:
+    def start(before: str = "") -> tuple[subprocess.Popen, Path]:
         environment = {**os.environ, "TMPDIR": str(tmp_path)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen([sys.executable, "-c", COPY_AND_WAIT], cwd=ROOT, env=environment, **pipes))
+        started.append(
+            subprocess.Popen([sys.executable, "-c", before + COPY_AND_WAIT], cwd=ROOT, env=environment, **pipes)
+        )
         return started[-1], Path(started[-1].stdout.readline().strip())
 
     yield start
@@ -295,6 +297,13 @@ def test_copies_of_a_killed_process_are_removed_by_the_next(copying, tmp_path, m
     assert len(list(tmp_path.iterdir())) == 1, "the folder of the dead one is gone as a whole"
     living.communicate()  # the end of its input
     assert living.returncode == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_copies_of_another_machine_on_a_shared_disk_stay(copying, tmp_path, monkeypatch):
+    """Its locks may not be seen from here, so nobody can tell whether it still reads them."""
+    _, copy = copying("import fcntl, platform; platform.node = lambda: 'other'; fcntl.flock = lambda *_: None\n")
+    copy_here(monkeypatch, tmp_path)
+    assert copy.exists()
 
 
 def test_what_others_have_under_such_a_name_stays(copying, tmp_path, monkeypatch):
