@@ -10,6 +10,7 @@ from tiny_split import FINDINGS, ORGANS
 from tiny_training import tiny_rows, tiny_trainer
 from transformers import TrainerCallback
 
+from training_fvlm.broken_steps import BrokenStep
 from training_fvlm.embed import embed
 from training_fvlm.label_task import LabelTask
 
@@ -152,6 +153,32 @@ def test_two_peers_differ_and_the_first_one_is_the_runs(tmp_path):
     assert all("peer_loss" in line for line in losses(trainer))
     trainer.save_model()
     assert not (tmp_path / "peer").exists()
+
+
+def test_the_peer_keeps_as_few_activations_as_the_first(tmp_path):
+    trainer = trained(tmp_path, "co-teaching", max_steps=1, activation_checkpointing=True)
+    assert trainer.model.is_activation_checkpointing and trainer.peer.model.is_activation_checkpointing
+
+
+def test_a_broken_peer_is_in_no_checkpoint(tmp_path, monkeypatch):
+    """Also on a GPU, where a step is looked at later than it is done."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "logging_steps": 4, **KINDS["co-teaching"]}
+    trainer = tiny_trainer(tmp_path, ROWS, per_device_train_batch_size=8, **settings)
+
+    class Arrived:
+        def synchronize(self):
+            pass
+
+    end_step = trainer.peer.watch.end_step
+
+    def later(number, loss, gradient_norm):
+        end_step(number, loss * float("nan") if number == 2 else loss, gradient_norm)
+        trainer.peer.watch._steps[-1].arrived = Arrived()
+
+    monkeypatch.setattr(trainer.peer.watch, "end_step", later)
+    with pytest.raises(BrokenStep, match="of the second model of --targets co_teaching.* is nan at step 2"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
 
 
 def test_peers_are_taught_by_each_other(tmp_path, monkeypatch):

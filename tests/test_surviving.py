@@ -388,6 +388,22 @@ def test_a_gpu_is_not_waited_for(tmp_path):
     assert watch.first_broken(is_last=True).number == 4 and waited == [1, 2, 3, 4]
 
 
+def test_the_last_step_of_a_run_is_looked_at_on_a_gpu_too(tmp_path, monkeypatch):
+    """Where nothing is logged or saved after it, before the final model is."""
+    from types import SimpleNamespace
+
+    trainer = tiny_trainer(tmp_path, ROWS, max_steps=4, logging_steps=3)
+    end_step = trainer.watch.end_step
+
+    def later(number, loss, gradient_norm):
+        end_step(number, loss * math.nan if number == 4 else loss, gradient_norm)
+        trainer.watch._steps[-1].arrived = SimpleNamespace(synchronize=lambda: None)
+
+    monkeypatch.setattr(trainer.watch, "end_step", later)
+    with pytest.raises(BrokenStep, match="the loss is nan at step 4"):
+        trainer.train()
+
+
 # ---------------------------------------------------------------------------------------------------------- broken rows
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_row_stops_the_run_and_is_named(tmp_path, workers, monkeypatch):

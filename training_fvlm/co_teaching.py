@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers.trainer_callback import TrainerState
 
 from .arguments import FVLMTrainingArguments
+from .broken_steps import BrokenStep
 from .collator import FVLMCollator
 from .trainer import FVLMTrainer
 
@@ -72,6 +73,10 @@ class PeerTrainer(FVLMTrainer):
         self.state = TrainerState(max_steps=max_steps, global_step=step)
         self._tr_loss, self._globalstep_last_logged = torch.tensor(0.0, device=self.args.device), step
         self.is_in_train = True
+        if self.args.activation_checkpointing:  # as `train` does
+            options = dict(self.args.activation_checkpointing_kwargs or {})
+            chosen = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **chosen)
         self.wrapped, self.loader = self._prepare_for_training(max_steps, self.get_train_dataloader(), None)
         self.batches_per_step = self.args.gradient_accumulation_steps * (1 if self.cache is None else self.cache.loads)
         self.batches = self._batches(step)
@@ -119,6 +124,12 @@ class PeerTrainer(FVLMTrainer):
         self._save_optimizer_and_scheduler(folder)
         self._save_scaler(folder)
         self._save_extra_state(folder)
+
+    def _raise_if_broken(self, is_last: bool = False) -> None:
+        try:
+            super()._raise_if_broken(is_last)
+        except BrokenStep as broken:
+            raise BrokenStep(f"of the second model of --targets co_teaching {broken}") from None
 
     def _batches_of_next_step(self) -> int:
         """As many as make a step; the last step of an epoch has what is left."""

@@ -70,7 +70,9 @@ class DurableTrainer(Trainer):
         self.resumed_from = None
         self.remove_callback(_Survival)
         self.add_callback(_Survival(self))  # the last one: others set up anew what it takes back
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._raise_if_broken(is_last=True)
+        return output
 
     def asked_to_stop(self) -> str:
         """The name of the signal that some rank got, "" without one; every rank must ask at the same place."""
