@@ -219,3 +219,14 @@ def test_without_any_organ_nothing_moves(tmp_path):
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_without_any_organ_the_global_contrast_still_teaches(tmp_path):
+    fields = {"volume_pooling": "mean"}
+    trainer = tiny_trainer(
+        tmp_path, rows_with_abnormal(), max_steps=1, skip_inactive_organs=True, fields=fields, **SKIP
+    )
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert moved_organs(trainer) == set()
+    moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"volume_projection.weight", "text_projection.weight"} <= moved

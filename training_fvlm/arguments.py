@@ -282,7 +282,8 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
         default=False,
         metadata={
             "help": "Leave the projections of organs that did not enter an optimizer step untouched by it, and "
-            "everything if no organ did, as the published run. Off: weight decay and momentum move them all the same."
+            "everything if no organ did, as the published run (but for a global branch, which learns in any case). "
+            "Off: weight decay and momentum move them all the same."
         },
     )
     published_gradient_scale: bool = field(
@@ -362,8 +363,8 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
         default=None,
         metadata={
             "help": "Continue from a checkpoint: `true` for the newest in --output_dir, `auto` for the same but start "
-            "afresh if there is none, or a folder. Weights become those of a run that was never stopped; log lines "
-            "too, if --save_steps is a multiple of --logging_steps."
+            "afresh if there is none, or a folder. Weights and log lines become those of a run that was never "
+            "stopped; another --learning_rate holds from there on, most other settings must stay."
         },
     )
     hub_strategy: str = field(
