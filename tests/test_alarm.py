@@ -97,9 +97,20 @@ def test_captions_that_fit_nothing_are_told_from_a_text_side_that_has_collapsed(
         assert said(alarm) == [(200, cause, ORGANS)], "once, at the first line that may judge"
         (finding,) = alarm.findings
         assert finding.is_alarm and "all 5 organs" in finding.text and "chance 2.079, floor 1.100" in finding.text
-    two = alarm_over(600, 0.0, chance=math.log(2), floor=0.0, cosine=0.6, group_size=2, fit=math.nan, fit_batches=0)
+    unknown = {"fit": math.nan, "fit_batches": 0}
+    two = alarm_over(600, 0.0, chance=math.log(2), floor=0.0, cosine=0.999, group_size=2, **unknown)
     assert said(two) == [(200, "small contrast", ORGANS)]
+    eight = alarm_over(600, 0.0, cosine=0.999, **unknown)
+    assert said(eight) == [(200, "text collapsed", ORGANS)] and "cannot be told" in eight.findings[0].text
     assert "2.0 patients of an organ" in two.findings[0].text and "--contrastive_batch_size" in two.findings[0].text
+
+
+def test_it_waits_until_it_can_say_whether_captions_fit():
+    faint = {"fit": 0.03, "fit_spread": 2.0}  # neither nothing nor something: error 0.5 / sqrt(lines)
+    alarm = alarm_over(LATE * 200 + 100, 0.0, **faint)
+    assert [(step, organs) for step, _, organs in said(alarm)] == [(LATE * 200, ORGANS)], "late, with what there is"
+    assert said(alarm)[0][1] == "not learned"
+    assert said(alarm_over(400, 0.0, fit=0.0, fit_spread=0.4)) == [(200, "captions do not fit", ORGANS)]
 
 
 def test_the_warm_up_does_not_count():
@@ -216,7 +227,7 @@ def test_silent_on_a_run_that_learns(tmp_path, seed):
 def test_shuffled_captions_are_named(tmp_path, seed):
     rows = tiny_rows(96)
     shuffled = caption_rows_of_other_patients([row["patient_id"] for row in rows], seed=seed)
-    (finding,) = run(tmp_path, rows, caption_rows=shuffled, seed=seed).findings
+    (finding,) = run(tmp_path, rows, caption_rows=shuffled, seed=seed, max_steps=140).findings
     assert (finding.cause, finding.organs) == ("captions do not fit", ["lung", "heart", "aorta"])
 
 

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from modeling_fvlm.loss import organ_contrastive_loss
 from training_fvlm.data import caption_rows_of_other_patients
+from training_fvlm.durable import LOG_STATES
 from training_fvlm.organ_losses import EVAL_FILE, TRAIN_FILE, OrganLossFile
 
 ROWS = tiny_rows(12)
@@ -135,6 +136,28 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path, workers):
     weights = resumed.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in whole.model.state_dict().items())
     assert (tmp_path / "run" / TRAIN_FILE).read_text() == table, "steps 5 to 8 stand in the table once"
+
+
+def test_a_run_of_an_earlier_version_is_continued(tmp_path):
+    """Its checkpoint has no state of the log lines, and its table fewer columns."""
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "logging_steps": 2, "alarm_steps": 2}
+    whole = tiny_trainer(tmp_path / "run", ROWS, **settings)
+    whole.train()
+    table = OrganLossFile(tmp_path / "run" / TRAIN_FILE)
+    rows = table.read()
+    lines_of_old = [",".join(line.split(",")[:7]) for line in table.path.read_text().splitlines()]
+    table.path.write_text("\n".join(lines_of_old) + "\n")
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    gone = [path for name in LOG_STATES for path in checkpoint.glob(f"*{name}*")]
+    assert len(gone) >= 4
+    for path in gone:
+        path.unlink()
+    resumed = tiny_trainer(tmp_path / "run", ROWS, **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    again = table.read()
+    assert [(row.step, row.organ, row.active) for row in again] == [(row.step, row.organ, row.active) for row in rows]
+    assert all(math.isnan(row.batches) == (row.step <= 4) for row in again)
+    assert repr(again[-3:]) == repr(rows[-3:])
 
 
 def test_crops_and_order_change_from_epoch_to_epoch(tmp_path):

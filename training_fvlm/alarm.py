@@ -13,16 +13,17 @@ checkpoint knows what was said. How it judges:
 (3) Organs leave chance at different times. If more than half of them are at chance, that is said as soon as
     --alarm_steps steps have passed since the warm-up; of a few, while others learn, after LATE times as many.
 (4) The cause. Whether captions and images belong together shows in `fit` (organ_losses.py), which is 0 on average if
-    they do not, whatever the model makes of them, and needs no learning: if its mean over organs is not above 0 by Z
-    standard errors, the captions do not fit the images. Else, if the different captions of an organ lie at one point,
-    the text side has collapsed. (Their cosine alone does not tell: captions that fit nothing are drawn together as
-    well, since that is the best that can be done about them.) Else, a contrast of few patients.
+    they do not, whatever the model makes of them, and needs no learning. If its mean over organs is not above 0 by Z
+    standard errors though ALIKE would have been seen, the captions do not fit the images; while neither can be said,
+    it waits. Else, if the different captions of an organ lie at one point, the text side has collapsed. (Their cosine
+    alone does not tell: captions that fit nothing are drawn together as well, since that is the best that can be done
+    about them.) Else, a contrast of few patients.
 (5) The data alone say why an organ never enters the loss: no mask, always cut off, no caption, or never an abnormal one
     (no fault of the run: that is noted, without alarm). So do captions that are all equal.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ logger = logging.get_logger(__name__)
 Z = 3.0  # standard errors: one in 740 by chance
 PART = 0.05  # of the room: what an organ must be seen to have gained
 LATE = 5  # times --alarm_steps until an organ is called late
+ALIKE = 0.1  # standard deviations between pairs: what `fit` must be seen to fall short of
 NEAR = 0.95  # cosine from which on captions are said to lie at one point
 FEW = 4  # patients: a contrast of fewer is called small
 SELDOM = 0.1  # expected abnormal patients of an organ in a contrast
@@ -77,7 +79,7 @@ CAUSES = {
         "HU windows, patch size, spacing."
     ),
     "text collapsed": (
-        "the text side has collapsed, though captions and images belong together: {}. Let HU windows be standardised "
+        "the text side has collapsed: {}. Let HU windows be standardised "
         "(`mean: auto, std: auto`), start with --centring_rows 48, lower --learning_rate or lengthen --warmup_steps, "
         "take a shallower or a pretrained text encoder."
     ),
@@ -330,10 +332,10 @@ class ChanceAlarm:
     def _from_losses(self, step: int) -> Iterator[tuple[str, str, str]]:
         """(1) to (4) Organs that entered: organ, cause, evidence."""
         judged, since = {}, {}
+        start = max(self.warmup_steps, step - LATE * self.alarm_steps)
         for organ, first in self.first_active.items():
             since[organ] = step - max(self.warmup_steps, first)
             if since[organ] >= self.alarm_steps:
-                start = max(self.warmup_steps, step - LATE * self.alarm_steps)
                 evidence = self._evidence(organ, start, max(self.alarm_steps // 2, 1))
                 if evidence is not None and evidence.active > 1:
                     judged[organ] = evidence
@@ -352,43 +354,58 @@ class ChanceAlarm:
             is_said = any(organ in each.organs and organ not in each.learned_since for each in self.findings)
             if is_said or evidence.learns or not (are_most or organ in late):
                 continue
-            if evidence.is_at_chance and are_most:
-                yield organ, *self._cause(evidence, list(at_chance.values()), list(judged.values()))
-            elif evidence.is_at_chance:
-                yield organ, *self._cause(evidence, late_at_chance, [evidence])
+            if evidence.is_at_chance:
+                asked, told = (judged, at_chance.values()) if are_most else ([organ], late_at_chance)
+                cause = self._cause(evidence, list(told), self._fit(asked, start), organ in late)
+                if cause is not None:
+                    yield organ, *cause
             elif evidence.is_cramped:
                 yield organ, "nothing to tell apart", _losses(cramped)
 
-    def _cause(self, evidence: Evidence, at_chance: Sequence[Evidence], judged: Sequence[Evidence]) -> tuple[str, str]:
-        """(4) The likely cause why an organ is at chance, and what speaks for it.
+    def _fit(self, organs: Iterable[str], start: int) -> tuple[float, float]:
+        """Mean `fit` over organs since `start`, and its standard error; infinite where no organ has one (a contrast of
+        two has no pair of either kind to compare)."""
+        known = []
+        for organ in organs:
+            rows = self.rows[organ]
+            begins = [0, *(row.step for row in rows[:-1])]
+            evidence = pool([row for row, step in zip(rows, begins) if step >= start], 0)
+            if evidence.fit_error < math.inf:
+                known.append(evidence)
+        if not known:
+            return math.nan, math.inf
+        error = math.sqrt(sum(each.fit_error**2 for each in known)) / len(known)
+        return sum(each.fit for each in known) / len(known), error
+
+    def _cause(
+        self, evidence: Evidence, at_chance: Sequence[Evidence], fit_and_error: tuple[float, float], is_late: bool
+    ) -> tuple[str, str] | None:
+        """(4) The likely cause why an organ is at chance, and what speaks for it; None if it cannot be told yet.
 
         Args:
             evidence: The organ's.
             at_chance: What the losses are told of: all organs at chance if they are most, else those that are late.
-            judged: What `fit` is taken from: whether captions belong to images is asked of all organs together.
+            fit_and_error: Whether captions belong to images: of all organs together if most are at chance.
+            is_late: Nothing more is waited for.
         """
-        losses, (fit, error) = _losses(at_chance), _mean_fit(judged)
-        if error < math.inf and fit <= Z * error:
+        losses, (fit, error) = _losses(at_chance), fit_and_error
+        if fit + Z * error < ALIKE and fit <= Z * error:
             alike = f"images of the same caption are no more alike than others (fit {fit:.2f}, error {error:.2f})"
             return "captions do not fit", f"{alike}, {losses}"
-        if evidence.text_cosine > NEAR:
-            cosine = sum(each.text_cosine for each in at_chance) / len(at_chance)
-            return "text collapsed", f"the mean cosine between different captions is {cosine:.3f}, {losses}"
+        is_open = error < math.inf and fit <= Z * error
+        if is_open and not is_late:
+            return None
         contrasted = sum(math.exp(each.chance) for each in at_chance) / len(at_chance)
+        if evidence.text_cosine > NEAR and not is_open and (error < math.inf or contrasted >= FEW):
+            cosine = sum(each.text_cosine for each in at_chance) / len(at_chance)
+            belong = f"though captions and images belong together (fit {fit:.2f}, error {error:.2f})"
+            if error == math.inf:
+                belong = "and whether captions fit the images cannot be told, as no two patients are positives"
+            return "text collapsed", f"the mean cosine between different captions is {cosine:.3f}, {belong}; {losses}"
         if contrasted < FEW:
             of_batch = f"{contrasted:.1f} patients of an organ on average, of {self.group_size} in a batch"
             return "small contrast", f"{of_batch}, {losses}"
         return "not learned", losses
-
-
-def _mean_fit(group: Sequence[Evidence]) -> tuple[float, float]:
-    """Mean `fit` over organs and its standard error; infinite where no organ has one (a contrast of two has no pair
-    of either kind to compare)."""
-    known = [each for each in group if each.fit_error < math.inf]
-    if not known:
-        return math.nan, math.inf
-    error = math.sqrt(sum(each.fit_error**2 for each in known)) / len(known)
-    return sum(each.fit for each in known) / len(known), error
 
 
 def _losses(group: Sequence[Evidence]) -> str:
