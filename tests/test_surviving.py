@@ -27,6 +27,11 @@ SETTINGS = {"max_steps": 8, "logging_steps": 3, "dropout": 0.1, "warmup_steps": 
 SAVING = {**SETTINGS, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
 
 
+def slow(*values):
+    """A case that says little more than those that run every time."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def lines(trainer, key: str = "loss") -> list[dict]:
     return [line for line in trainer.state.log_history if key in line]
 
@@ -93,7 +98,9 @@ def whole_runs(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("workers", "accumulated", "step"), [(0, 1, 4), (1, 2, 4), (2, 1, 6), (0, 2, 6), (1, 1, 2)])
+@pytest.mark.parametrize(
+    ("workers", "accumulated", "step"), [(1, 2, 4), (2, 1, 6), slow(0, 1, 4), slow(0, 2, 6), slow(1, 1, 2)]
+)
 def test_resumed_at_any_step_with_any_loader(tmp_path, whole_runs, workers, accumulated, step):
     settings = {"dataloader_num_workers": workers, "gradient_accumulation_steps": accumulated}
     whole = whole_runs(**settings)
@@ -226,9 +233,11 @@ def test_a_model_alone_is_not_enough_to_go_on(tmp_path, step):
     assert (last / "optimizer.pt").exists() and (last / "rng_state.pth").exists()
 
 
-@pytest.mark.parametrize("moment", ["batch", "zero_shot"])
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_an_evaluation_that_is_broken_off_is_done_again(tmp_path, moment, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "moment"),
+    [("steps", "zero_shot"), ("epoch", "batch"), slow("steps", "batch"), slow("epoch", "zero_shot")],
+)
+def test_an_evaluation_that_is_broken_off_is_done_again(tmp_path, strategy, moment):
     heard = []  # the signals of the run that is stopped
 
     def zero_shot(model):
@@ -427,7 +436,9 @@ def test_a_damaged_row_stops_the_run_and_is_named(tmp_path, workers, monkeypatch
 
 
 # ------------------------------------------------------------------------------------------------------------ full disk
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "rng_state.pth", "state_progress.json", "fsync"])
+@pytest.mark.parametrize(
+    "file", ["optimizer.pt", "fsync", *map(slow, ("model.safetensors", "rng_state.pth", "state_progress.json"))]
+)
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, whole_runs, file):
     """Whichever file it is that does not fit."""
     full = OSError(errno.ENOSPC, "No space left on device")
