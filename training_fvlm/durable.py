@@ -31,6 +31,8 @@ from .signals import ShieldedWorker, StopRequested, StopSignals
 
 logger = logging.get_logger(__name__)
 PROGRESS = "progress"
+# States on which nothing hangs but the first log line: older checkpoints do not have them.
+LOG_STATES = (PROGRESS, "organ_losses", "gradient_norms", "terms", "clock")
 
 
 class DurableTrainer(Trainer):
@@ -324,7 +326,7 @@ class DurableTrainer(Trainer):
             state = checkpoints.load_state(self.resumed_from, name)
             if state is not None:
                 thing.load_state_dict(state)
-            elif name != PROGRESS:  # which older checkpoints do not have
+            elif name not in LOG_STATES:
                 raise CheckpointError(
                     f"{self.resumed_from} holds no state of '{name}': it was written by a run without it. Resume with "
                     "the settings of that run, or start anew in another --output_dir."

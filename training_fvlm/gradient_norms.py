@@ -29,6 +29,9 @@ class GradientNorms:
     """Sums over the optimizer steps between two log lines."""
 
     def __init__(self) -> None:
+        self.names: list[str] = []
+        self.towers: list[str] = []
+        self.membership = torch.empty(0)
         self.clear()
 
     def clear(self) -> None:
@@ -57,12 +60,23 @@ class GradientNorms:
         squares = norms.double().square()
         if total is not None:
             squares = squares * torch.as_tensor(total, device=squares.device).double().square() / squares.sum()
+        if self.names != list(names) or self.membership.device != squares.device:
+            self._sort(names, squares.device)
         # A step in which fp16 overflowed is passed over by the optimizer, and here.
         is_finite = torch.isfinite(squares).all()
-        for tower, places in places_by_tower(names).items():
-            square = squares[torch.tensor(places, device=squares.device)].sum()
-            added = torch.stack([square.where(is_finite, 0.0), is_finite.double()])
+        of_towers = self.membership @ torch.where(is_finite, squares, 0.0)
+        for tower, square in zip(self.towers, of_towers.unbind()):
+            added = torch.stack([square, is_finite.double()])
             self.sums[tower] = self.sums[tower].to(added.device) + added if tower in self.sums else added
+
+    def _sort(self, names: Sequence[str], device: torch.device) -> None:
+        """Which parameter belongs to which part, as a matrix of zeros and ones: made once, not at every step."""
+        places = places_by_tower(names)
+        self.names, self.towers = list(names), list(places)
+        self.membership = torch.zeros((len(places), len(names)), dtype=torch.float64)
+        for row, of_tower in enumerate(places.values()):
+            self.membership[row, of_tower] = 1.0
+        self.membership = self.membership.to(device)
 
     def root_mean_squares(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Per part the root of the mean square over the steps; parts without a gradient are left out.
