@@ -97,3 +97,22 @@ def test_a_recipe_may_hold_all_of_it(tmp_path):
     args = parse_settings(words, "help").training
     assert args.targets == ["momentum"] and args.curriculum == "frequency"
     assert organ_numbers(args.organ_label_smoothing, ORGANS, "--x") == [0, 0, 0.2]
+
+
+def test_numbers_of_organs_are_compared_when_a_run_goes_on(tmp_path):
+    words = ["--recipe", str(tmp_path / "tiny.yaml"), "--data", "d", "--output_dir", str(tmp_path / "out")]
+
+    def settings_of(smoothing):
+        (tmp_path / "tiny.yaml").write_text(
+            TINY_RECIPE.replace("training: {", f"training: {{organ_label_smoothing: {smoothing}, ")
+        )
+        return parse_settings(words, "help")
+
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    saved = json.dumps(train_fvlm.resolved_settings(settings_of("{aorta: 0.2}")), default=str)
+    (tmp_path / "out" / "run.json").write_text(saved)
+    train_fvlm.check_same_run(settings_of("[aorta=0.2]"), str(checkpoint))
+    for other in ("{aorta: 0.3}", "0.2", "[aorta=0.2, lung=0.1]"):
+        with pytest.raises(SettingsError, match="--organ_label_smoothing: .* here, .* there"):
+            train_fvlm.check_same_run(settings_of(other), str(checkpoint))

@@ -33,7 +33,7 @@ from modeling_fvlm.gemm import BACKENDS
 from modeling_fvlm.licences import licence_fields
 
 from .checkpoints import LAST_FILE, is_complete, newest_checkpoint
-from .objective_settings import ObjectiveSettings
+from .objective_settings import ObjectiveSettings, organ_words
 from .overfit import DATA_SETTINGS as OVERFIT_DATA
 from .overfit import LOG_EVERY as OVERFIT_LOG_EVERY
 from .overfit import TRAINING_SETTINGS as OVERFIT_TRAINING
@@ -530,6 +530,8 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
     def _check_objective(self) -> None:
         """Refuse an objective that cannot be meant, or not here."""
         self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)  # of a recipe
+        self.organ_label_smoothing = organ_words(self.organ_label_smoothing)
+        self.organ_token_dropout = organ_words(self.organ_token_dropout)
         if faults := self.objective_faults():
             raise SettingsError(faults[0])
         if self.organ_sampling == "balanced" and self.train_sampling_strategy != "random":

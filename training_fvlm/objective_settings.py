@@ -205,15 +205,18 @@ def organ_numbers(words: OrganNumbers, organs: Sequence[str], option: str) -> li
     return [of_organ.get(organ, of_all) for organ in organs]
 
 
+def organ_words(words: OrganNumbers) -> list[str]:
+    """The same as the command line would have it, so that a resumed run's can be compared."""
+    if isinstance(words, Mapping):
+        return [f"{organ}={number}" for organ, number in words.items()]
+    return [str(word) for word in ([words] if isinstance(words, (str, float, int)) else words)]
+
+
 def split_organ_numbers(words: OrganNumbers, option: str) -> tuple[float, dict[str, float]]:
     """The number for all organs, and those of single ones."""
-    if isinstance(words, Mapping):
-        words = [f"{organ}={number}" for organ, number in words.items()]
-    elif isinstance(words, (str, float, int)):
-        words = [words]
     of_all, of_organ = 0.0, {}
-    for word in words:
-        organ, _, text = str(word).rpartition("=")
+    for word in organ_words(words):
+        organ, _, text = word.rpartition("=")
         try:
             number = float(text)
         except ValueError:
