@@ -82,9 +82,11 @@ logger = logging.get_logger("train_fvlm")
 RUN_FILE = "run.json"
 PACKAGES = ("fvlm", "torch", "transformers", "datasets", "accelerate", "peft", "tokenizers", "numpy")
 # An absolute path within a text: at its start, or behind white space, a quote, a bracket, a comma or `=`.
+CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")  # name and password within an address
 ABSOLUTE_PATH = re.compile(r"""(?<![^\s=,'"(\[{])(?:file:/)?/[^\s,'")\]}]*""")
 # What the order of rows, the crops, the contrast and the steps hang on, by the place in run.json. The number of steps
-# or epochs is not among them: a run may be made longer.
+# or epochs is not among them: a run may be made longer. Nor is what may save a broken one: learning rate, clipping and
+# precision.
 RESUMED_SETTINGS = (
     "data_name",
     "processes",
@@ -93,6 +95,8 @@ RESUMED_SETTINGS = (
     *(f"training.{name}" for name in ("seed", "data_seed", "train_sampling_strategy", "per_device_train_batch_size")),
     *(f"training.{name}" for name in ("contrastive_batch_size", "micro_batch_size")),
     *(f"training.{name}" for name in ("gradient_accumulation_steps", "lr_schedule", "warmup_start_lr", "min_lr")),
+    *(f"training.{name}" for name in ("lr_scheduler_type", "warmup_steps", "optim", "weight_decay")),
+    *(f"training.{name}" for name in ("adam_beta1", "adam_beta2", "adam_epsilon")),
     *(f"training.{name}" for name in ("weight_decay_everywhere", "skip_inactive_organs", "published_gradient_scale")),
     *(f"training.{name}" for name in ("lora", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "freeze")),
     *(f"training.{name}" for name in ("layer_lr_decay", "vision_lr_scale", "text_lr_scale")),
@@ -537,7 +541,7 @@ def public_command(argv: Sequence[str]) -> str:
 
 
 def without_folders(value: Any) -> Any:
-    """Any JSON value with the absolute paths in it cut to their last component."""
+    """Any JSON value with the absolute paths in it cut to their last component, and addresses without a password."""
     if isinstance(value, dict):
         return {key: without_folders(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -546,7 +550,7 @@ def without_folders(value: Any) -> Any:
         return value
     if os.path.isabs(value):  # the whole of it, blanks included
         return Path(value).name
-    return ABSOLUTE_PATH.sub(lambda match: Path(match[0]).name, value)
+    return ABSOLUTE_PATH.sub(lambda match: Path(match[0]).name, CREDENTIALS.sub("", value))
 
 
 def resolved_settings(settings: Settings) -> dict[str, Any]:

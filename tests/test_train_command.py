@@ -401,6 +401,22 @@ def test_auto_resume_starts_afresh_where_there_is_nothing(tmp_path):
     (checkpoint / "trainer_state.json").write_text("{}")  # the last file of a whole one
     settings = settings_of("--resume_from_checkpoint", "auto", tmp_path=tmp_path)
     assert settings.training.resume_from_checkpoint == str(checkpoint)
+    half = checkpoint.with_name("checkpoint-7")
+    half.mkdir()
+    assert settings_of("--resume_from_checkpoint", "true", tmp_path=tmp_path).training == settings.training
+    with pytest.raises(SettingsError, match="checkpoint-7 is no checkpoint, or half of one"):
+        settings_of("--resume_from_checkpoint", str(half), tmp_path=tmp_path)
+
+
+def test_addresses_are_streamed_and_not_scored_in_between(tmp_path):
+    with pytest.raises(SettingsError, match="is an address: add --streaming"):
+        settings_of("--data", "s3://bucket/split", tmp_path=tmp_path)
+    streamed = ["--data", "owner/split", "--streaming"]
+    assert settings_of(*streamed, tmp_path=tmp_path).data.streaming
+    with pytest.raises(SettingsError, match="--eval_tasks would download the data set"):
+        settings_of(*streamed, "--eval_tasks", "synthetic", tmp_path=tmp_path)
+    with pytest.raises(SettingsError, match="--enable_jit_checkpoint is not needed"):
+        settings_of("--enable_jit_checkpoint", tmp_path=tmp_path)
 
 
 def test_numbers_in_yaml_are_numbers():
