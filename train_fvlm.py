@@ -243,6 +243,12 @@ def train(settings: Settings, signals: StopSignals | None = None) -> int:
         draw_if_logged(args.output_dir)
         trainer.write_card()
         logger.warning("trained %d steps in %.0f s: %s", run["steps"], run["train_seconds"], args.output_dir)
+        if any(line.get("train_loss") == 0 for line in trainer.state.log_history):  # what no organ enters is exactly 0
+            logger.warning(
+                "NOTHING WAS LEARNED: no organ entered the loss in any step. An organ enters when it is whole in the "
+                "crops of two patients of a batch or more, with captions that differ and one that is abnormal. Look at "
+                "`python -m data_builders inspect` on the data, or take a larger --contrastive_batch_size."
+            )
     if args.push_to_hub:
         trainer.push_to_hub()  # the output folder without its checkpoints; the data set is never part of it
     trainer.end()

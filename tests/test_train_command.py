@@ -265,6 +265,28 @@ def test_organs_that_do_not_learn_are_told_in_log_record_and_card(work, caplog):
     assert json.loads((work / "alarmed" / "run.json").read_text())["alarms"] == [alarm]
 
 
+def test_a_run_in_which_no_organ_entered_says_so(work, tmp_path, caplog):
+    rows = [tiny_row(number) for number in range(8)]
+    for row in rows:
+        row["captions"] = [{**entry, "is_abnormal": False} for entry in row["captions"]]
+    write_tiny_split(tmp_path / "normal", rows={"train": rows, "validation": rows})
+    command = [
+        "--recipe",
+        str(work / "tiny.yaml"),
+        "--eval_strategy",
+        "no",
+        "--save_strategy",
+        "no",
+        "--max_steps",
+        "1",
+    ]
+    for data, is_told in ((tmp_path / "normal", True), (work / "split", False)):
+        caplog.clear()
+        output = str(tmp_path / f"run of {data.name}")
+        assert train_fvlm.main([*command, "--data", str(data), "--output_dir", output]) == 0
+        assert ("NOTHING WAS LEARNED" in caplog.text) == is_told
+
+
 def test_zero_shot_scores_of_the_users_own_prompts_are_logged(work):
     items = [
         {"finding": f"{organ} {name}", "organ": organ, "positive": f"{name}.", "negative": f"{organ} shows no {name}."}
