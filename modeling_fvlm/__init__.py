@@ -165,13 +165,19 @@ def __getattr__(name: str):
         value = globals()[name] = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if "transformers" in sys.modules:
+    if _has_transformers():
         _register()
     return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _has_transformers() -> bool:
+    """Whether transformers is imported to its end: while another thread is at it, its classes are not there yet."""
+    module = sys.modules.get("transformers")
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
 @cache
@@ -200,5 +206,5 @@ def _register() -> None:
         )
 
 
-if "transformers" in sys.modules:
+if _has_transformers():
     _register()

@@ -90,6 +90,22 @@ def test_with_transformers_last_any_name_makes_fvlm_known(tmp_path):
     assert {"configuration_fvlm.py", "defaults.py", "organs.py"} <= {path.name for path in tmp_path.iterdir()}
 
 
+def test_while_another_thread_imports_transformers_a_reader_is_there_at_once():
+    """Nothing can be registered yet: half of transformers would answer that it has no AutoConfig."""
+    half = """
+import sys, types
+from importlib.machinery import ModuleSpec
+sys.modules["transformers"] = types.ModuleType("transformers")
+sys.modules["transformers"].__spec__ = ModuleSpec("transformers", None)
+sys.modules["transformers"].__spec__._initializing = True
+from modeling_fvlm import read_volume
+del sys.modules["transformers"]
+import json, transformers
+from modeling_fvlm import OrganSet
+"""
+    assert in_fresh_process(f"{half}{KNOWN}\nprint(json.dumps(known()))") == ALL_KNOWN
+
+
 def test_every_name_is_there():
     for name in modeling_fvlm.__all__:
         value = getattr(import_module(f"modeling_fvlm.{modeling_fvlm._MODULE_OF[name]}"), name)
