@@ -89,9 +89,9 @@ def test_a_task_of_another_build_that_begins_at_the_same_time(release, tmp_path,
         assert build(release, out, "--shard", "1/3") == 0
         return before
 
-    def beginning(*arguments):
+    def beginning(*arguments, **options):
         monkeypatch.setattr(progress, "read_identity", overtaken)
-        return begin(*arguments)
+        return begin(*arguments, **options)
 
     monkeypatch.setattr(build_module, "continue_or_begin", beginning)
     assert build(release, out, "--shard", "2/3", "--rows_per_shard", "1") == 2
