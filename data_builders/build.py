@@ -309,7 +309,8 @@ def build(cases: Iterable[Case], settings: Settings, args: argparse.Namespace) -
         if is_part and is_finished(folder, identity, mine):
             console.print("the split is finished, and these shards are there.")
             return 0
-        identity = continue_or_begin(folder, identity, plan_of(cases, concerns), shards, mine, is_part)  # (2)
+        plan = plan_of(cases, concerns)
+        identity = continue_or_begin(folder, identity, plan, shards, mine, is_part, id_key=args.id_key)  # (2)
         records = write_shards(folder, mine, settings, args)  # (3)
         if is_part:
             tell_part(folder, shards, mine, is_own_salt=bool(salt) and args.id_salt is None)

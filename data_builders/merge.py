@@ -8,8 +8,9 @@ Tasks that wrote into folders of their own; their shards are linked into --out, 
 
 All parts must be of one build: equal settings, equal source and, with hashed ids, one --id_salt FILE. Where a shard is
 missing or is not what was written (its sha256 is compared), the message names the --shard with which to make it, and
-nothing is finished. A merge that was killed is continued by the same command. The result has the bytes of a build in
-one process.
+nothing is finished. A merge that was killed is continued by the same command. One from before cases were mended and the
+tasks run again is brought up to date by it, as long as no case of it has changed that was written; else delete it, or
+name another --out. The result has the bytes of a build in one process.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from .shards import (
     Shard,
     ShardRecord,
     complete_records,
+    known_records,
     plan_shards,
     replace_durably,
     sha256_of,
@@ -62,24 +64,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    folders = ([args.out] if read_identity(args.out) is not None else []) + args.parts
+    begun = read_identity(args.out)
+    folders = ([args.out] if begun is not None else []) + args.parts
     if not folders:
         raise ValueError(
             f"--out {args.out} holds no build that was begun; build with --shard i/n, or name the folders of the parts."
         )
-    identities = {}
+    identities = {folder: read_identity(folder) for folder in folders}
     for folder in folders:
-        identities[folder] = read_identity(folder)
         if identities[folder] is None:
             raise ValueError(f"{folder} holds no build that was begun; name the --out of a task.")
+    # Parts that agree go before an --out of another state: their earlier merge, if they hold the whole split.
+    is_behind = len({identities[part]["source_sha256"] for part in args.parts}) == 1 and (
+        begun is not None and begun["source_sha256"] != identities[args.parts[0]]["source_sha256"]
+    )
+    if is_behind:
+        folders = args.parts
+    for folder in folders:
         check_same_build(identities[folders[0]], identities[folder], f"{folder}, compared with {folders[0]},")
     identity = identities[folders[0]]
     manifest = read_json(args.out / "manifest.json")
     lost = []
-    if manifest is not None and identity_of(manifest) == identities[args.out]:
+    if manifest is not None and not is_behind and identity_of(manifest) == begun:
         records = [ShardRecord(**content) for content in manifest["shards"]]
         lost = [record.file for record in records if not record.is_whole(args.out)]
-        if not lost:
+        if not lost and not has_built_since(args.parts, args.out, records):
             shutil.rmtree(args.out / PROGRESS_FOLDER, ignore_errors=True)  # a merge was killed while it removed that
             console.print(f"{args.out} is finished already.", soft_wrap=True)
             print_summary(manifest)
@@ -90,13 +99,10 @@ def run(args: argparse.Namespace) -> int:
     cases, concerns = plan
     shards = plan_shards(cases, identity["settings"]["rows_per_shard"])
     with stopping_cleanly(args.out):
-        found: dict[str, tuple[Path, ShardRecord]] = {}
-        for folder in folders:
-            # A case whose file vanished while its task ran stays skipped: the tasks are over. Run a task again to try
-            # it again.
-            for file, record in complete_records(folder, shards, again=False).items():
-                found.setdefault(file, (folder, record))
+        found = newest_records(folders, shards)
         missing = [shard.file for shard in shards if shard.file not in found]
+        if missing and is_behind:  # --out is no merge of theirs, but the folder of a task that is ahead or behind
+            check_same_build(begun, identity, f"{folders[0]}, compared with {args.out},")
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(shards)} shards are missing: {named(missing, shards)}. Run the tasks again "
@@ -107,6 +113,36 @@ def run(args: argparse.Namespace) -> int:
         gather(found, args.out, shards, is_compared=not args.no_checksums)
         records = [found[shard.file][1] for shard in shards]
         return finish_split(args.out, cases, identity, records, concerns, args.previews)
+
+
+def newest_records(folders: Sequence[Path], shards: Sequence[Shard]) -> dict[str, tuple[Path, ShardRecord]]:
+    """For every shard that is complete in one of the folders, by its file: the folder and its record. The first folder,
+    unless another one holds other content that was built later.
+    """
+    found: dict[str, tuple[Path, ShardRecord]] = {}
+    times: dict[str, float] = {}
+    for folder in folders:
+        known = known_records(folder)
+        # A case whose file vanished while its task ran stays skipped: the tasks are over. Run a task again to try it
+        # again.
+        for file, record in complete_records(folder, shards, again=False).items():
+            written = known[file][1]
+            if file not in found or (written > times[file] and record.as_json() != found[file][1].as_json()):
+                found[file], times[file] = (folder, record), written
+    return found
+
+
+def has_built_since(parts: Sequence[Path], out: Path, records: Sequence[ShardRecord]) -> bool:
+    """Whether a task has built a shard of the finished split `out` again, with other content: a broken file was mended
+    without a change of its name and size, by which the state of a source is told.
+    """
+    merged = {record.file: record.as_json() for record in records}
+    since = (out / "manifest.json").stat().st_mtime
+    return any(
+        written > since and record.as_json() != merged.get(file) and record.is_whole(part)
+        for part in parts
+        for file, (record, written) in known_records(part).items()
+    )
 
 
 def tell_no_plan(out: Path, folder: Path, lost: Sequence[str]) -> str:

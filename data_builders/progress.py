@@ -104,6 +104,7 @@ def continue_or_begin(
     mine: Sequence[Shard] | None = None,
     is_part: bool = False,
     again: bool = True,
+    id_key: Path | None = None,
 ) -> dict:
     """Make the folder ready for a new build, or for what is missing of one that was begun there.
 
@@ -114,7 +115,8 @@ def continue_or_begin(
         shards: All shards of the split.
         mine: Those that this process will build (default: all).
         is_part: Whether other processes build the other shards of this folder at the same time.
-        again: Whether cases that were skipped are tried again where they may do now.
+        again: Whether cases that were skipped are tried again where they may do now; False in a merge.
+        id_key: `--id_key` of this build, already written.
 
     Returns:
         The identity of the split: of libraries it names those that wrote its shards.
@@ -134,11 +136,12 @@ def continue_or_begin(
         if holds_something:
             raise ValueError(f"--out {folder} is not empty and holds no processed split; name a new folder.")
         if is_part and not is_first(folder, identity):  # another task has begun since, perhaps with other settings
-            return continue_or_begin(folder, identity, plan, shards, mine, is_part, again)
+            return continue_or_begin(folder, identity, plan, shards, mine, is_part, again, id_key)
     else:
         check_may_continue(before["settings"], identity["settings"], f"--out {folder}")
         if before["source_sha256"] != identity["source_sha256"]:
-            tell_mended(check_only_mended(folder, plan["cases"], is_hashed=identity["settings"]["ids"] == "hashed"))
+            is_hashed = identity["settings"]["ids"] == "hashed"
+            tell_mended(check_only_mended(folder, plan["cases"], is_hashed, id_key), is_merge=not again)
         kept = kept_records(folder, shards, again)
         to_build = [shard for shard in mine if shard.file not in kept]
         identity = with_libraries_of(before, identity, folder, bool(to_build), is_part or bool(kept))
@@ -280,19 +283,24 @@ def with_libraries_of(before: dict, identity: dict, folder: Path, is_to_build: b
     return {**identity, "settings": {**identity["settings"], "libraries": there}}
 
 
-def check_only_mended(folder: Path, cases: Sequence[dict], is_hashed: bool) -> list[str]:
+def check_only_mended(folder: Path, cases: Sequence[dict], is_hashed: bool, id_key: Path | None = None) -> list[str]:
     """The cases that have changed since a build began in a folder.
 
     Args:
         folder: `--out`.
         cases: As the plan tells them (`plan_of`), from the source as it is now.
         is_hashed: Whether their ids are hashes, of which no user knows whose they are.
+        id_key: The table that says it, where this build has written one.
 
     Raises:
         ValueError: If one of them was written, or could be built then and cannot be built any more.
     """
     place = f"--out {folder} was begun from another state of the source"
-    mend = f"{MEND} The same command with --id_key FILE writes which case of yours that is." if is_hashed else MEND
+    mend = MEND
+    if is_hashed and id_key is not None:
+        mend += f" Which case of yours that is was written to {id_key}."
+    elif is_hashed:
+        mend += " The same build with --id_key FILE writes which case of yours that is."
     now = {case["recon_id"]: case for case in cases}
     plan = read_json(folder / PROGRESS_FOLDER / "cases.json") or {"cases": []}  # a finished split has none
     before = {case["recon_id"]: case for case in plan["cases"]}
@@ -330,12 +338,12 @@ def check_only_mended(folder: Path, cases: Sequence[dict], is_hashed: bool) -> l
     return [name for name, case in now.items() if case["skip_reason"] is None and case["digest"] != known.get(name)]
 
 
-def tell_mended(changed: Sequence[str]) -> None:
+def tell_mended(changed: Sequence[str], is_merge: bool) -> None:
     if changed:
         told = counted(len(changed), "case that was not written has", "cases that were not written have")
         console.print(
-            f"{told} changed since this build began ({changed[0]} first); shards with other cases than then are built "
-            "again, as the source is now.",
+            f"{told} changed since this build began ({changed[0]} first); shards with other cases than then are "
+            + ("taken from the parts." if is_merge else "built again, as the source is now."),
             soft_wrap=True,
             markup=False,
         )

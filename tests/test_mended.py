@@ -193,7 +193,10 @@ def test_hashed_ids(tmp_path, capsys):
     assert build("split", "salt", "--id_key", str(tmp_path / "key.csv")) == 2
     told = capsys.readouterr().err
     named = told[told.index("source: ") :].split()[1]
-    assert f"anna_1,{named}\n" in (tmp_path / "key.csv").read_text() and "with --id_key FILE" in told
+    assert f"anna_1,{named}\n" in (tmp_path / "key.csv").read_text()
+    assert f"was written to {tmp_path / 'key.csv'}" in told and "--id_key FILE" not in told
+    assert build("split", "salt") == 2
+    assert "The same build with --id_key FILE writes which case of yours that is" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- what must not change
@@ -550,3 +553,56 @@ def test_sources_that_have_no_commit_are_taken_as_they_are(release, tmp_path):
     assert open_source(str(release), tmp_path / "split").is_local
     with pytest.raises(ValueError, match="there is no folder"):
         open_source(str(tmp_path / "nothing"), tmp_path / "split")
+
+
+def parts_merged(release: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
+    """Two tasks with folders of their own, run (again), and the command's arguments that merge them."""
+    parts = [tmp_path / f"part{number}" for number in (1, 2)]
+    for number, part in enumerate(parts, start=1):
+        assert main(command(release, part, "--shard", f"{number}/2")) == 0
+    return tmp_path / "merged", parts
+
+
+@pytest.mark.parametrize("kind", ["broken", "broken, of the same size", "missing"])
+def test_an_earlier_merge_follows_its_parts(own_release, fresh, tmp_path, kind):
+    """It lags behind the tasks that were run again; what the parts hold stays as it is."""
+    wrong = volume_of(own_release, "train_3_a_1")
+    sound = wrong.read_bytes()
+    if kind == "missing":
+        wrong.unlink()
+    else:
+        wrong.write_bytes(sound[:300] + bytes(100) + sound[400:] if "size" in kind else sound[:300])
+    out, parts = parts_merged(own_release, tmp_path)
+    assert merge(out, *parts) == 0 and list(skipped(out)) == ["train_3_a_1"]
+    wrong.write_bytes(sound)
+    parts_merged(own_release, tmp_path)
+    before = [contents(part) for part in parts]
+    for _ in range(2):
+        assert merge(out, *parts) == 0
+        assert contents(out) == fresh
+    assert [contents(part) for part in parts] == before
+
+
+def test_an_earlier_merge_that_must_stay(own_release, tmp_path, capsys):
+    """A case that was written has changed, a task is behind, or --out is not the merge but the folder of a task."""
+    wrong = volume_of(own_release, "train_3_a_1")
+    sound = cut_short(wrong)
+    out, parts = parts_merged(own_release, tmp_path)
+    assert merge(out, *parts) == 0
+    wrong.write_bytes(sound)
+    before = contents(out)
+    assert main(command(own_release, parts[0], "--shard", "1/2")) == 0
+    for target in (out, parts[0]):
+        assert merge(target, *parts) == 2
+        assert "Run all tasks again on the source as it is now" in " ".join(capsys.readouterr().err.split())
+    assert merge(parts[0], parts[1]) == 2, "the task that is behind must not take back what was mended"
+    assert "Run all tasks again on the source as it is now" in " ".join(capsys.readouterr().err.split())
+    for part in parts:
+        shutil.rmtree(part)
+    change_report(own_release, "train_1_a_1", "12 mm", "13 mm")
+    parts_merged(own_release, tmp_path)
+    assert merge(out, *parts) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"--out {out} was begun from another state of the source: train_1_a_1 was written" in told
+    assert "Name another --out, or delete that folder" in told
+    assert contents(out) == before
