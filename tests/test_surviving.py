@@ -551,6 +551,27 @@ def spied(name: str, before):
     return call
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_stops_nothing(tmp_path, monkeypatch, caplog):
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("training_fvlm.checkpoints.keep_newest", refuse)
+    tiny_trainer(tmp_path, ROWS, **SAVING).train()
+    assert len(names(tmp_path)) == 4 and "an old checkpoint could not be deleted" in caplog.text
+
+
+def test_a_scoring_that_fails_is_no_signal(tmp_path):
+    def zero_shot(model):
+        raise ValueError("no such finding")
+
+    evaluating = {"eval_strategy": "steps", "eval_steps": 2, "eval_rows": tiny_rows(4, seed=5), "zero_shot": zero_shot}
+    with StopSignals() as signals:
+        trainer = tiny_trainer(tmp_path, ROWS, **SETTINGS, **evaluating)
+        trainer.signals = signals
+        with pytest.raises(ValueError, match="no such finding"):
+            trainer.train()
+
+
 def test_pushes_see_complete_checkpoints_only(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path, ROWS, **SAVING)
     pushed = []

@@ -93,15 +93,18 @@ class DurableTrainer(Trainer):
         Raises:
             StopRequested: If it was broken off; on all ranks.
         """
-        result, is_broken_off = None, False
+        result, error = None, None
         if self.is_world_process_zero():
             try:
                 with _interruptible(self.signals):
                     result = function()
-            except StopRequested:
-                is_broken_off = True
-        if largest(int(is_broken_off), self.args.ddp_timeout):
+            except Exception as raised:
+                error = raised
+        end = largest(0 if error is None else 1 if isinstance(error, StopRequested) else 2, self.args.ddp_timeout)
+        if end == 1:
             raise StopRequested(self.asked_to_stop())
+        if end == 2:
+            raise error or RuntimeError("the main process has failed, and said why.")
         return result
 
     def stop(self, name: str) -> None:
@@ -238,10 +241,13 @@ class DurableTrainer(Trainer):
             self._attempt(part, run, step)
 
         self.saved_step = step
-        if args.push_to_hub:
+        if args.push_to_hub and not is_last:  # an upload may take longer than there is time
             self._push_from_checkpoint(str(checkpoints.checkpoint_folder(run, step)))
         if args.should_save:
-            checkpoints.keep_newest(run, args.save_total_limit, state.best_model_checkpoint)
+            try:
+                checkpoints.keep_newest(run, args.save_total_limit, state.best_model_checkpoint)
+            except OSError as error:  # no reason to stop: the new one is there
+                logger.warning("an old checkpoint could not be deleted: %s", error)
 
     def _attempt(self, function: Callable[[], Any], run: str, step: int) -> None:
         """Do one step of writing a checkpoint, and take all back if it fails on any rank."""
