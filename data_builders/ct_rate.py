@@ -287,12 +287,12 @@ def split_cases(
     is_original = volumes == "original"
     volume_folder = f"{root}{folder}" if is_original else f"{root}{folder}_fixed"
     if not source.has_folder(volume_folder):
-        hint = ""
-        if not is_original and source.has_folder(f"{root}{folder}"):
-            hint = f" {folder}/ holds the volumes with blank headers: give --volumes original, or fetch the others."
-        raise ValueError(
-            f"--source ({source.label}): there is no folder {volume_folder}.{hint} Or leave {split!r} out of --splits."
-        )
+        mend = f"Fetch it, or leave {split!r} out of --splits."
+        other = f"{root}{folder}_fixed" if is_original else f"{root}{folder}"
+        if source.has_folder(other):
+            headers, choice = ("corrected", "fixed") if is_original else ("blank", "original")
+            mend = f"{other}/ holds the volumes with {headers} headers: give --volumes {choice}. {mend}"
+        raise ValueError(f"--source ({source.label}): there is no folder {volume_folder}. {mend}")
     # Reports and metadata say "validation"; volumes, masks, labels and the list of scans without a chest say "valid".
     report_file = f"{root}radiology_text_reports/{split}_reports.csv"
     metadata_file = f"{root}metadata/{split}_metadata.csv"

@@ -190,7 +190,21 @@ def test_broken_tables_are_told(release, tmp_path, capsys, file, old, new, told)
 def test_volumes_with_blank_headers_are_not_taken(release, tmp_path, capsys):
     (release / "dataset" / "train_fixed").rename(release / "dataset" / "train")
     assert run(release, tmp_path / "out") == 2
-    assert "blank headers" in capsys.readouterr().err
+    told = "headers: give --volumes original. Fetch it, or leave 'train' out of --splits."
+    assert f"there is no folder dataset/train_fixed. dataset/train/ holds the volumes with blank {told}" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+
+
+def test_originals_that_were_not_fetched(release, tmp_path, capsys):
+    assert run(release, tmp_path / "out", "--volumes", "original") == 2
+    told = "headers: give --volumes fixed. Fetch it, or leave 'train' out of --splits."
+    assert f"there is no folder dataset/train. dataset/train_fixed/ holds the volumes with corrected {told}" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    (release / "dataset" / "train_fixed").rename(release / "dataset" / "away")
+    assert run(release, tmp_path / "out") == 2
+    assert "there is no folder dataset/train_fixed. Fetch it, or leave 'train'" in capsys.readouterr().err
 
 
 # Anywhere fsspec reaches
