@@ -378,7 +378,8 @@ def write_shards(
     todo = [shard for shard in shards if shard.file not in done]
     waiting = [case for shard in todo for case in shard.cases]
     if len(todo) < len(shards):
-        console.print(f"{len(shards) - len(todo)} of {len(shards)} shards are complete; building the rest.")
+        then = "building the rest" if todo else "nothing is left to build"
+        console.print(f"{len(shards) - len(todo)} of {len(shards)} shards are complete; {then}.")
     workers = min(args.workers or num_cores(), max(1, len(waiting)))
     watch = SourceWatch([case for shard in shards for case in shard.cases])
     rows = built_rows(waiting, settings, workers, args.executor)

@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         waiting = [(entry, target) for entry, target in jobs if not target.is_file()]
         check_space(args.out, args.data, [entry for entry, _ in waiting])
         if len(waiting) < len(jobs):
-            console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} files are there; making the rest.")
+            then = "making the rest" if waiting else "nothing is left to make"
+            console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} files are there; {then}.")
         with Progress(console=console, transient=True) as progress:
             for entry, target in progress.track(waiting, description="unpacking shards"):
                 check_content(args.data, entry)

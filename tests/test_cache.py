@@ -172,10 +172,13 @@ def test_a_killed_run_continues_and_ends_in_the_same_bytes(split, cache, tmp_pat
     with pytest.raises(ValueError, match="a cache that is not complete"):
         load_rows(out, "train")
     time = done[0].stat().st_mtime_ns
+    capsys.readouterr()
     assert cached(split, out) == 0
+    assert "files are there; making the rest." in capsys.readouterr().out
     assert done[0].stat().st_mtime_ns == time, "what is there is not made again"
     assert contents(out) == contents(cache)
     assert cached(split, out) == 0, "and a further run finds it complete"
+    assert "files are there; nothing is left to make." in capsys.readouterr().out
     assert contents(out) == contents(cache)
 
 
