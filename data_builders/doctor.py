@@ -28,6 +28,7 @@ from modeling_fvlm.geometry import organ_is_complete
 from modeling_fvlm.processed_split import MASK_DTYPE, VOLUME_DTYPE, decode_volume
 
 from .cases import SPLITS
+from .personal_text import kinds_in_text
 from .shards import ShardRecord
 
 # A median is exact within these limits (an intercept of -8192 occurs); what lies beyond counts as the limit.
@@ -81,6 +82,7 @@ class RowMeasures:
         caption_hashes: int64, equal for equal captions; 0 where there is none.
         volume_hash: Of the HU and the shape.
         report_hash: Of findings and impression; None where both are empty.
+        personal_kinds: What its report or captions seem to hold of a person, as of `kinds_in_text`.
         histogram: int64 `(organs + 1, bins)` over `HISTOGRAM_EDGES`, background first. Taken out by `examine`.
     """
 
@@ -103,6 +105,7 @@ class RowMeasures:
     volume_hash: int
     report_hash: int | None
     report_words: int
+    personal_kinds: tuple[str, ...] = ()
     histogram: np.ndarray | None = None
 
 
@@ -117,6 +120,7 @@ class Examination:
         rows: What was measured.
         damaged: Rows and shards that could not be read.
         wrong_shards: Shards that the manifest names and that are missing, or of another size.
+        personal_kinds: What its report or captions seem to hold of a person, as of `kinds_in_text`.
         histogram: int64 `(organs + 1, bins)` over `HISTOGRAM_EDGES`, background first, summed over the rows.
     """
 
@@ -294,8 +298,14 @@ def measure_row(row: Mapping, place: RowPlace, organs: Sequence[str]) -> RowMeas
         volume_hash=bytes_hash(repr(shape).encode(), volume),
         report_hash=text_hash(report) if report.replace("\0", "").strip() else None,
         report_words=len(report.replace("\0", " ").split()),
+        personal_kinds=personal_kinds(row),
         histogram=histogram,
     )
+
+
+def personal_kinds(row: dict) -> tuple[str, ...]:
+    texts = {row["findings"] or "", row["impression"] or "", *(caption["caption"] for caption in row["captions"])}
+    return tuple(sorted({kind for text in texts for kind, _ in kinds_in_text(text)}))
 
 
 def measure_organs(

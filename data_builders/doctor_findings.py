@@ -985,24 +985,37 @@ def build_notes(exam: Examination) -> Iterator[Finding]:
             "As each says.",
             "manifest.json, key `warnings`.",
         )
+
+
+def personal_texts(exam: Examination) -> Iterator[Finding]:
     concerns = exam.manifest.get("privacy_concerns", {})
-    if concerns:
-        yield Finding(
-            "personal_texts",
-            "warning",
-            "reports seem to hold dates, names or numbers of persons",
-            sum(concerns.values()),
-            max(cases, sum(concerns.values())),
-            "places",
-            tuple(f"{kind}: {count}" for kind, count in list(concerns.items())[:NUM_EXAMPLES]),
-            "None; but whoever gets the split, or a page like this one, gets them.",
-            "Look for them at the source and take them out; do not hand the split on before.",
-            num_examples=len(concerns),
-        )
+    if not concerns:
+        return
+    named = [f"{row.recon_id} ({', '.join(row.personal_kinds)})" for row in exam.rows if row.personal_kinds]
+    told = tuple(f"{kind}: {count}" for kind, count in concerns.items())
+    # The build looks at ids as well, and this at the rows that were measured: perhaps none of them.
+    count, total, unit = len(named), len(exam.rows), "reports that were looked at"
+    if not named:
+        count = total = sum(concerns.values())
+        unit = "places that the build found"
+    yield Finding(
+        "personal_texts",
+        "warning",
+        "reports seem to hold dates, names or numbers of persons",
+        count,
+        total,
+        unit,
+        tuple(named[:NUM_EXAMPLES]) or told[:NUM_EXAMPLES],
+        "None; but whoever gets the split, or a page like this one, gets them.",
+        "The build's output names the cases. Take out at the source what is there, and build the split into a new "
+        "--out: what was written is not changed. Do not hand the split on before.",
+        seen=f"the build counted, in all reports and ids: {', '.join(told)}",
+        num_examples=len(named or told),
+    )
 
 
 RULES: tuple[Callable[[Examination], Iterator[Finding]], ...] = (
     *(unreadable, wrong_axes, wrong_hu, wrong_masks, trainable, equal_captions, split_sizes, leaks, duplicates),
-    *(wrong_spacing, strange_volumes, texts, build_notes),
+    *(wrong_spacing, strange_volumes, texts, build_notes, personal_texts),
 )
-RULES_WITHOUT_ROWS = (unreadable, build_notes)
+RULES_WITHOUT_ROWS = (unreadable, build_notes, personal_texts)

@@ -428,8 +428,26 @@ def test_what_the_build_left_out_is_told(diagnose, manifest):
     found = diagnose(organs_of=told)
     assert found["skipped_cases"].level == "warning" and found["skipped_cases"].examples[0] == "p_20: ct.nii.gz: 2-D"
     assert found["build_warnings"].count == 1 and found["personal_texts"].shown_examples == "date: 3"
+    assert found["personal_texts"].how_many == "3 of 3 places that the build found"
     told["skipped"] = [entry | {"is_excluded": True} for entry in told["skipped"]]
     assert "skipped_cases" not in diagnose(organs_of=told), "left out on purpose is no fault"
+
+
+def test_reports_that_name_a_person_are_told_by_their_cases(diagnose, manifest, sound_rows):
+    told = copy.deepcopy(manifest)
+    told["privacy_concerns"] = {"date": 2, "name": 1}
+
+    def dated(row):
+        return row | {"findings": f"{row['findings']} Compared with Dr. Smith's reading of 2021-03-04."}
+
+    found = diagnose(dated, only=lambda split, index: split == "train" and index in (0, 4), organs_of=told)
+    finding = found["personal_texts"]
+    assert finding.how_many == f"2 of {TRAIN + VALIDATION} reports that were looked at"
+    names = [sound_rows["train"][index]["recon_id"] for index in (0, 4)]
+    assert finding.shown_examples == ", ".join(f"{name} (date, name)" for name in names)
+    assert "The build's output names the cases" in finding.mend and "into a new --out" in finding.mend
+    assert "Smith" not in str(finding) and "date: 2, name: 1" in finding.seen
+    assert "personal_texts" not in diagnose()
 
 
 def test_counts_and_examples_read_as_they_should(diagnose):
