@@ -372,10 +372,11 @@ def read_case(row, args, settings, texts, volumes, masks, validation, table_path
     split = SPLIT_NAMES.get(row["split"].lower()) if "split" in row else None
     if "split" in row and split is None:
         raise ValueError(f"{table_path.name}, line {row.line}: split {row['split']!r} is none of {list(SPLITS)}.")
+    is_hashed = args.ids == "hashed"
     with telling_the_cell(row, "volume", table_path):
-        volume = find_volume(row.get("volume"), name, volumes)
+        volume = find_volume(row.get("volume"), name, volumes, is_hashed)
     with telling_the_cell(row, "mask", table_path):
-        mask = find_mask(row.get("mask"), name, masks, volume.place)
+        mask = find_mask(row.get("mask"), name, masks, volume.place, is_hashed)
     numbering = numbering_key(row.get("numbering") or args.numbering, args.numbering)
     if mask.is_absent and args.segment:
         mask = mask._replace(place=args.segment_out / f"{name}.nii.gz", reason=None)
@@ -455,8 +456,12 @@ def find_series_uid(cell: str, place: Path) -> tuple[str | None, str | None]:
     usable = [series for series in numbered if series.unusable is None] or numbered
     if len(usable) == 1:
         return usable[0].series_uid, None
-    problem = f"{len(usable)} series have" if usable else "no series has"
-    return None, f"{problem} the number {int(cell)} in {place.name!r}; it holds {listed(present)}"
+    if usable:
+        return None, (
+            f"{len(usable)} series have the number {int(cell)} in {place.name!r}: {listed(usable)}. Give the "
+            "SeriesInstanceUID instead; find_series of modeling_fvlm tells it of each in Python"
+        )
+    return None, f"no series has the number {int(cell)} in {place.name!r}; it holds {listed(present)}"
 
 
 def listed(present: Sequence[DicomSeries]) -> str:

@@ -168,7 +168,7 @@ def is_zip(path: Path) -> bool:
     return path.name.lower().endswith(ZIP_ENDING)
 
 
-def find_volume(named: str | None, name: str, archive: Archive) -> Found:
+def find_volume(named: str | None, name: str, archive: Archive, is_hashed: bool = False) -> Found:
     """The file, zip or folder that a row names, or else the one that is named after the case.
 
     Raises:
@@ -188,10 +188,10 @@ def find_volume(named: str | None, name: str, archive: Archive) -> Found:
             found = [path for path in found if path not in archive.slice_folders or holds_dicom(path)] or found
         if found:
             return one_of(found, "volume")
-    return is_missing(name, "volume", "file, zip or folder")
+    return is_missing(name, "volume", "file, zip or folder", is_hashed)
 
 
-def find_mask(named: str | None, name: str, archive: Archive, volume: Path | None) -> Found:
+def find_mask(named: str | None, name: str, archive: Archive, volume: Path | None, is_hashed: bool = False) -> Found:
     """The multilabel file or folder of structures that a row names, or else the one that is named after the case.
 
     Raises:
@@ -216,7 +216,7 @@ def find_mask(named: str | None, name: str, archive: Archive, volume: Path | Non
         # Where the volume lies in the same folder, the files beside it may be anything.
         if inside and not (volume and any(folder in volume.parents for folder in folders)):
             return Found(None, unknown_structures(folders[0], inside))
-    return is_missing(name, "mask", "file or folder")
+    return is_missing(name, "mask", "file or folder", is_hashed)
 
 
 def below(folders: Iterable[Path], places: Sequence[Path]) -> list[Path]:
@@ -261,8 +261,9 @@ def named_is_missing(named: str, what: str, archive: Archive) -> Found:
     return Found(None, f"{what} file {named} is missing{hint(named, [path.name for path in archive.files])}")
 
 
-def is_missing(name: str, what: str, places: str) -> Found:
-    return Found(None, f"{what} file is missing: no {places} is named {name!r} or begins with it", is_absent=True)
+def is_missing(name: str, what: str, places: str, is_hashed: bool) -> Found:
+    known = "as its id" if is_hashed else repr(name)  # what was looked for is the user's id, not its hash
+    return Found(None, f"{what} file is missing: no {places} is named {known} or begins with it", is_absent=True)
 
 
 def hint(name: str, known: Collection[str]) -> str:

@@ -480,9 +480,12 @@ def _choose(place: Path, contents: _Contents, series_uid: str | None) -> tuple[l
         reasons = [f"{item.description}: {item.unusable}" for item in series]
         raise BadVolumeError(f"it holds no CT volume. {' '.join(reasons[:8])}{' ...' if len(reasons) > 8 else ''}")
     if len(usable) > 1:
+        numbers = {item.number for item in usable}
+        name = "number" if len(numbers) == len(usable) and None not in numbers else "SeriesInstanceUID"
         raise BadVolumeError(
-            f"it holds {len(usable)} CT volumes: {_listed(usable)}. Name one (by its number in the column series of "
-            "the folder builder's table; in Python by series_uid, which find_series tells), or give each its own place."
+            f"it holds {len(usable)} CT volumes: {_listed(usable)}. Name one (by its {name} in the column series of "
+            "the folder builder's table; in Python by series_uid, which find_series of modeling_fvlm tells), or give "
+            "each its own place."
         )
     chosen = usable[0]
     notes = []

@@ -172,6 +172,24 @@ def test_mixed_series_are_skipped_with_the_choices(two_series, tmp_path, series,
     assert told in skipped(tmp_path / "out")["two"]
 
 
+@pytest.mark.parametrize("ids", ["kept", "hashed"])
+@pytest.mark.parametrize(
+    ("series", "told"),
+    [("", "Name one (by its SeriesInstanceUID in the column"), ("3", "2 series have the number 3 in ")],
+)
+def test_series_of_one_number_are_chosen_by_their_uid(tmp_path, series, told, ids):
+    """No message tells the UIDs, which lead to a patient; it tells what lists them."""
+    volume, mask = arrays(2)
+    uids = [write_series(tmp_path / "ct" / "two" / part, volume + len(part), AFFINE, number=3) for part in "ab"]
+    save_nifti(mask, tmp_path / "seg" / "two.nii.gz")
+    table = table_of(tmp_path / "r.csv", ["two"], two={"series": series})
+    places = ["--volumes", tmp_path / "ct", "--masks", tmp_path / "seg", "--reports", table]
+    assert main(["folder", "--out", str(tmp_path / "out"), *map(str, places), *GRID, "--ids", ids]) == 1
+    (reason,) = skipped(tmp_path / "out").values()
+    assert told in reason and "SeriesInstanceUID" in reason and "find_series of modeling_fvlm tells" in reason
+    assert not any(uid in reason for uid in uids)
+
+
 def test_a_rescale_for_dicom_is_refused(every_format, tmp_path):
     root, _ = every_format
     rescale = {"rescale_slope": "1", "rescale_intercept": "-1024"}
@@ -308,6 +326,15 @@ def test_what_belongs_to_a_case_is_told_by_names(tmp_path, layout, volume, mask)
     check_found(found, volume, tmp_path)
     if mask is not None:
         check_found(find_mask(None, "p_1", archive, found.place), mask, tmp_path)
+
+
+def test_an_id_that_no_file_has_is_not_told_by_its_hash(tmp_path):
+    save_nifti(arrays()[0], tmp_path / "data" / "other.nii.gz")
+    table = table_of(tmp_path / "r.csv", ["anna"])
+    places = ["--volumes", tmp_path / "data", "--masks", tmp_path / "data", "--reports", table]
+    assert main(["folder", "--out", str(tmp_path / "out"), *map(str, places), *GRID, "--ids", "hashed"]) == 1
+    (reason,) = skipped(tmp_path / "out").values()
+    assert reason == "volume file is missing: no file, zip or folder is named as its id or begins with it"
 
 
 def check_found(found, expected, root):
