@@ -102,23 +102,23 @@ def check_launch(args: FVLMTrainingArguments, environment: Mapping[str, str] = o
 def check_sharding(
     data: DataArguments, args: FVLMTrainingArguments, environment: Mapping[str, str] = os.environ
 ) -> None:
-    """Refuse what cannot work where every process holds a part of the weights, before any data is read.
+    """Refuse what cannot work under FSDP2 or DeepSpeed, before any data is read.
 
     Raises:
         SettingsError: If something was asked for that cannot.
     """
+    name = _strategy(args).removeprefix(" under ")
+    if args.lora and name:
+        raise SettingsError(
+            f"--lora and {name} exclude each other: an adapter is small, and its frozen base needs no optimizer state. "
+            "Train under DDP."
+        )
     if not shards_weights(args):
         return
-    name = _strategy(args).removeprefix(" under ")
     if data.eval_tasks:
         raise SettingsError(
             f"--eval_tasks and {name} exclude each other: the first process scores alone, with a part of the weights. "
             "Leave it out and run eval_fvlm.py on the folder, or train under DDP or ZeRO-1."
-        )
-    if args.lora:
-        raise SettingsError(
-            f"--lora and {name} exclude each other: an adapter is small, and its frozen base needs no optimizer state. "
-            "Train under DDP or ZeRO-1."
         )
     if not uses_fsdp(args, environment):
         return

@@ -5,7 +5,8 @@
 #   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 hub_configs/slurm/train.sh ... (16 processes)
 #
 # --output_dir lies on a disk that all nodes share. The arguments are those of train_fvlm.py; sharding comes with
-# --fsdp or --deepspeed, not with a launcher: srun starts the processes itself, so that signals and exit statuses pass.
+# --fsdp full_shard or --deepspeed FILE, not with a launcher: srun starts the processes itself, so that signals and exit
+# statuses pass. Launchers and their configurations: train_many_nodes.sh.
 #
 # 300 seconds before the time limit every process gets SIGUSR1. The run finishes its step, writes a checkpoint and exits
 # with status 75; the job is then put back into the queue, and goes on from there. Give it more seconds than a step and a
