@@ -3,7 +3,7 @@
 Ten steps on a processed split, CPU:
     python train_fvlm.py --recipe synthetic_demo --data out/split --output_dir out/run --max_steps 10
 
-Four GPUs, a smaller projection, the control with captions shuffled between patients:
+Four GPUs (more ways in docs/scaling.md), a smaller projection, the control with captions shuffled between patients:
     accelerate launch --config_file hub_configs/accelerate/four_gpus.yaml train_fvlm.py --recipe synthetic \\
         --data out/split --output_dir out/control --model.projection_dim 64 --shuffle_captions
 
@@ -18,6 +18,11 @@ Continue a run that was stopped, exactly where its last checkpoint was:
 A run that gets SIGTERM or SIGUSR1 finishes its step, writes a checkpoint and exits with status 75, which asks a script
 to start it again (hub_configs/slurm/train.sh). A split on the Hub, read row by row without downloading it:
     python train_fvlm.py --recipe synthetic_demo --data owner/name --streaming --output_dir out/run
+
+Push every checkpoint to a private repository of the Hub, each time a whole model that loads by its name (by hand:
+`python -m training_fvlm.push`):
+    python train_fvlm.py --recipe synthetic_demo --data out/split --output_dir out/run --push_to_hub \\
+        --hub_model_id owner/name --model_license cc-by-nc-4.0
 
 Settings come from the recipe (hub_configs/recipes); what stands on the command line wins. The output folder ends up
 with the model, its processor and code (loadable by `AutoModel.from_pretrained(..., trust_remote_code=True)`),

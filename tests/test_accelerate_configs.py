@@ -136,8 +136,8 @@ def test_sharded_weights_have_the_gradient_of_whole_ones(two, tmp_path, name):
     assert trainer.args.world_size == 1
     assert set(facts["sharded"]) == set(expected) - {"temperature.value"}, "nothing was sharded"
     assert gradients.keys() == expected.keys() and all(gradient.any() for gradient in expected.values())
-    # bfloat16 has 8 bits; otherwise float32, in another order of summation.
-    relative, first = (2e-2, 1e-3) if name == "bf16" else (1e-4, 1e-5)
+    # Another order of summation, which under bf16 rounds otherwise; the embeddings of the loss are float32 in any case.
+    relative, first, later = (2e-2, 1e-4, 1e-2) if name == "bf16" else (1e-4, 1e-5, 1e-4)
     largest = max(float(gradient.norm()) for gradient in expected.values())
     for parameter, gradient in expected.items():
         distance = float((gradients[parameter] - gradient).norm())
@@ -146,8 +146,8 @@ def test_sharded_weights_have_the_gradient_of_whole_ones(two, tmp_path, name):
     assert facts["log"][0]["loss"] == pytest.approx(log[0]["loss"], rel=first)
     assert facts["log"][0]["grad_norm"] == pytest.approx(log[0]["grad_norm"], rel=first)
     for one, both in zip(log, facts["log"], strict=True):
-        assert both["loss"] == pytest.approx(one["loss"], rel=10 * first)
-    assert facts["eval"]["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=10 * first)
+        assert both["loss"] == pytest.approx(one["loss"], rel=later)
+    assert facts["eval"]["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=later)
 
 
 def test_a_sharded_model_is_saved_whole_with_its_own_code(two, tmp_path):
