@@ -1,5 +1,7 @@
 """What every test shares: the sibling folder of samples and published numbers, and one thread per process."""
 
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,12 @@ import torch
 from tiny_release import ct_rate_release
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_sessionstart() -> None:
+    """Hear Ctrl-C: a shell lets what it runs in the background ignore it, and so would the commands of the tests."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
