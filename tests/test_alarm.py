@@ -109,7 +109,7 @@ def test_it_waits_until_it_can_say_whether_captions_fit():
     faint = {"fit": 0.03, "fit_spread": 2.0}  # neither nothing nor something: error 0.5 / sqrt(lines)
     alarm = alarm_over(LATE * 200 + 100, 0.0, **faint)
     assert [(step, organs) for step, _, organs in said(alarm)] == [(LATE * 200, ORGANS)], "late, with what there is"
-    assert said(alarm)[0][1] == "not learned"
+    assert said(alarm)[0][1] == "captions do not fit" and "(fit 0.0" in alarm.findings[0].text
     assert said(alarm_over(400, 0.0, fit=0.0, fit_spread=0.4)) == [(200, "captions do not fit", ORGANS)]
 
 
