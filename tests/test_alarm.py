@@ -118,6 +118,8 @@ def test_the_warm_up_does_not_count():
     assert said(alarm_over(500, 0.0, warmup_steps=300)) == [(500, "not learned", ORGANS)]
     assert said(alarm_over(500, lambda step: 0.3 * (step > 300), warmup_steps=300)) == []
     assert said(alarm_over(900, 0.0, alarm_steps=0)) == [], "0: never"
+    # Far above chance at first, as fresh weights are; then so noisy that more lines are asked for: not those.
+    assert said(alarm_over(500, lambda step: 0.06 if step > 300 else -3.0, warmup_steps=300, noise=0.6)) == []
 
 
 def test_few_organs_at_chance_are_given_longer():
@@ -171,6 +173,13 @@ def test_equal_captions_are_said_of_an_organ_that_enters_by_their_flags():
     equal = dict.fromkeys(ORGANS, 0.1) | {"liver": 1.0}
     alarm = alarm_over(300, dict.fromkeys(ORGANS, 0.4) | {"liver": 0.0}, equal=equal)
     assert said(alarm) == [(200, "equal captions", ["liver"])]
+
+
+def test_an_organ_at_chance_is_given_one_cause():
+    alarm = ChanceAlarm(ORGANS, 100, 8)
+    for step in range(20, 601, 20):
+        alarm.add(line(step, 0.0, fit=0.0 if step <= 200 else 0.8))  # learned by heart, say
+    assert said(alarm) == [(100, "captions do not fit", ORGANS)]
 
 
 def test_a_run_that_goes_on_says_nothing_twice(tmp_path):

@@ -242,6 +242,11 @@ def test_retrieval_is_counted_by_hand():
     assert wrong.retrieval == 0.0
     collapsed = row_of(torch.ones_like(image), torch.ones_like(text))
     assert collapsed.retrieval == pytest.approx(collapsed.retrieval_chance), "ties are shared"
+    window = OrganLossWindow(["lung"])
+    for is_abnormal in (identity[1], torch.zeros(4, 1, dtype=torch.bool)):  # all normal: any caption would be a hit
+        result = organ_contrastive_loss(image, text, identity[0], is_abnormal, identity[2], 1.0)
+        window.add(result, text, identity[0], is_abnormal, identity[2], image_embeds=image, with_retrieval=True)
+    assert window.rows(1, 0.0)[0].retrieval_chance == row.retrieval_chance, "only where the organ was active"
 
 
 def test_table_is_read_back_and_cut_where_a_run_resumes(tmp_path):
