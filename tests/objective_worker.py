@@ -51,6 +51,7 @@ def main(folder: Path) -> None:
         logs.append(losses(trainer))
     if trainer.is_world_process_zero():
         (folder / "resume.json").write_text(json.dumps(logs))
+    trainer.end()
 
 
 if __name__ == "__main__":
