@@ -329,9 +329,13 @@ def open_split(data: DataArguments, split: str, max_rows: int | None, more: Sequ
 
 def pin_data(data: DataArguments, checkpoint: str | None) -> None:
     """Stay at one commit of a data set on the Hub: what is pushed while a run lasts must not change its rows."""
-    if data.data_revision is not None or Path(data.data).is_dir() or "://" in data.data:
+    if Path(data.data).is_dir() or "://" in data.data:
         return
-    commit = [recorded_run(checkpoint).get("data", {}).get("data_revision") if checkpoint else commit_of(data.data)]
+    asked = data.data_revision
+    if checkpoint and asked is None:
+        commit = [recorded_run(checkpoint).get("data", {}).get("data_revision")]
+    else:  # a branch or tag may move as well
+        commit = [commit_of(data.data, asked) or asked]
     broadcast_object_list(commit)
     data.data_revision = commit[0]
 

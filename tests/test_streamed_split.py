@@ -15,8 +15,9 @@ from tiny_training import tiny_trainer
 from torch.utils.data import DataLoader
 
 from modeling_fvlm.processed_split import encode_array
+from train_fvlm import pin_data
 from training_fvlm import streaming
-from training_fvlm.arguments import SettingsError
+from training_fvlm.arguments import DataArguments, SettingsError
 from training_fvlm.data import ProcessedSplit, RowError, caption_rows_of_other_patients, load_split, read_description
 from training_fvlm.durable import plain_message
 from training_fvlm.streaming import open_streamed_split
@@ -262,3 +263,17 @@ def test_the_manifest_of_any_address(folder, tmp_path):
     with pytest.raises(SettingsError, match="no manifest.json there"):
         read_description("memory://nothing")
     assert json.loads((next(tmp_path.iterdir()) / "footers.json").read_text())[0] == 0
+
+
+def test_a_run_stays_at_one_commit_also_of_a_named_branch(folder, hub):
+    first = hub.repositories["dataset", REPO].head
+    asked = [DataArguments(data=REPO), DataArguments(data=REPO, data_revision="main")]
+    for data in asked:
+        pin_data(data, checkpoint=None)
+    hub.put("dataset", REPO, "more.txt", b"pushed while the run lasts")
+    assert [data.data_revision for data in asked] == [first, first] != hub.repositories["dataset", REPO].head
+    pin_data(asked[0], checkpoint=None)
+    assert asked[0].data_revision == first, "a commit stays what it is"
+    here = DataArguments(data=str(folder))
+    pin_data(here, checkpoint=None)
+    assert here.data_revision is None

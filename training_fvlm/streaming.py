@@ -252,10 +252,10 @@ def address_of(data: str, revision: str | None) -> str:
     return f"hf://datasets/{place['repo']}@{commit}{place['rest']}"
 
 
-def commit_of(data: str) -> str | None:
-    """The newest commit of a data set on the Hub; None where the Hub does not say."""
+def commit_of(data: str, revision: str | None = None) -> str | None:
+    """The newest commit of a data set on the Hub, or of its branch or tag; None where the Hub does not say."""
     try:
-        return HfApi().dataset_info(data).sha
+        return HfApi().dataset_info(data, revision=revision).sha
     except (OSError, ValueError):  # offline, or no data set of that name: whoever reads it will say so
         return None
 
