@@ -14,6 +14,10 @@ in `hub_configs/prompts/`; a user's own file is named by its path, and may leave
 Several sentences make an ensemble: `positive: ["Pleural effusion.", "There is pleural effusion."]`. The i-th positive
 is set against the i-th negative sentence, so both lists are equally long, or one of them holds a single sentence that
 serves for all.
+
+`paraphrases` say the same in other words: further pairs, measured one by one beside those of the score and never part
+of it. They tell how far a figure hangs on wording (wording.py), also of a set whose score must keep the published
+sentences: `paraphrases: [{positive: "Fluid in the pleural space.", negative: "No fluid in the pleural space."}]`.
 """
 
 import hashlib
@@ -32,6 +36,7 @@ PROMPTS_DIR = Path(__file__).resolve().parent.parent / "hub_configs" / "prompts"
 _TASK_KEYS = {"name", "items"}
 _OPTIONAL_TASK_KEYS = {"version", "source", "changes"}  # the sets that ship have them all
 _ITEM_KEYS = {"finding", "organ", "positive", "negative"}
+_OPTIONAL_ITEM_KEYS = {"paraphrases"}
 _EXAMPLE = """It should look like
 
     name: my_findings
@@ -47,11 +52,17 @@ class Item:
     organ: str
     positive: tuple[str, ...]
     negative: tuple[str, ...]
+    paraphrases: tuple[tuple[str, str], ...] = ()  # (positive, negative), no part of the score
+
+    @property
+    def wordings(self) -> list[tuple[str, str]]:
+        """Every (positive, negative) pair, those of the score first."""
+        return [*zip(self.positive, self.negative), *self.paraphrases]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt set. `digest` is over what moves a score, so an edit without a new version shows in the results."""
+    """A prompt set. `digest` is over what moves a figure, so an edit without a new version shows in the results."""
 
     name: str
     version: int
@@ -65,11 +76,23 @@ class Task:
     @property
     def prompts(self) -> list[str]:
         """Every sentence once, in the order of first use."""
-        return list(dict.fromkeys(text for item in self.items for text in (*item.negative, *item.positive)))
+        return list(
+            dict.fromkeys(
+                text
+                for item in self.items
+                for text in (*item.negative, *item.positive, *(text for pair in item.paraphrases for text in pair))
+            )
+        )
 
     @property
     def digest(self) -> str:
-        content = "\n".join(repr((item.finding, item.organ, item.positive, item.negative)) for item in self.items)
+        # Paraphrases only where there are any: sets without keep the digest that their results carry.
+        content = "\n".join(
+            repr(
+                (item.finding, item.organ, item.positive, item.negative, *([item.paraphrases] * bool(item.paraphrases)))
+            )
+            for item in self.items
+        )
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -162,7 +185,7 @@ def _task_from_content(content: object, where: str) -> Task:
 
 
 def _item_from_content(content: object, where: str) -> Item:
-    _check_keys(content, _ITEM_KEYS, where)
+    _check_keys(content, _ITEM_KEYS, where, _OPTIONAL_ITEM_KEYS)
     finding, organ = (_text(content[key], key, where) for key in ("finding", "organ"))
     where = f"{where} ('{finding}')"
     positive, negative = (_texts(content[key], key, where) for key in ("positive", "negative"))
@@ -173,17 +196,31 @@ def _item_from_content(content: object, where: str) -> Item:
             f"against sentence i of the other, so give equally many, or a single one on one side."
         )
     positive, negative = (texts * length if len(texts) == 1 else texts for texts in (positive, negative))
-    pairs = list(zip(positive, negative))
+    paraphrases = _paraphrases(content["paraphrases"], where) if "paraphrases" in content else ()
+    item = Item(finding, organ, positive, negative, paraphrases)
+    pairs = item.wordings
     if len(set(pairs)) < len(pairs):
-        raise EvaluationError(
-            f"{where}: a pair of sentences appears more than once; it would count double in the mean."
-        )
+        raise EvaluationError(f"{where}: a pair of sentences appears more than once; it would count double.")
     same = [text for text, other in pairs if text == other]
     if same:
         raise EvaluationError(
             f"{where}: {same[0]!r} stands as positive and as negative: its score is 0.5 for every scan."
         )
-    return Item(finding, organ, positive, negative)
+    return item
+
+
+def _paraphrases(content: object, where: str) -> tuple[tuple[str, str], ...]:
+    if not isinstance(content, list) or not content:
+        raise EvaluationError(
+            f'{where}: paraphrases must be a list of pairs, as `- {{positive: "...", negative: "..."}}`; leave it out '
+            "if there are none."
+        )
+    pairs = []
+    for n, pair in enumerate(content, start=1):
+        place = f"{where}, paraphrase {n}"
+        _check_keys(pair, {"positive", "negative"}, place)
+        pairs.append((_text(pair["positive"], "positive", place), _text(pair["negative"], "negative", place)))
+    return tuple(pairs)
 
 
 def _check_keys(

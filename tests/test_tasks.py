@@ -7,10 +7,18 @@ import pytest
 import yaml
 from evaluation_samples import TASK
 
+from data_builders.decompose import is_abnormal_sentence, load_lexicon, organs_of_sentences
 from evaluation_fvlm.tasks import Item, available_tasks, check_task_labels, check_task_organs, load_task
 from modeling_fvlm.organs import load_organ_set
 
 HUB_CONFIGS = Path(__file__).resolve().parent.parent / "hub_configs"
+CT_RATE_LABELS = [  # the columns of CT-RATE's multi_abnormality_labels files
+    *("Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion"),
+    *("Coronary artery wall calcification", "Hiatal hernia", "Lymphadenopathy", "Emphysema", "Atelectasis"),
+    *("Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion"),
+    *("Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis"),
+    "Interlobular septal thickening",
+]
 
 
 def written(tmp_path, **changes) -> Path:
@@ -42,6 +50,23 @@ def test_digest_follows_what_moves_a_score(tmp_path):
     items = copy.deepcopy(TASK["items"])
     items[1]["positive"] = "Bigger."
     assert load_task(written(tmp_path, items=items)).digest != digest
+    # Results of these sets are published by digest: it must not move while their sentences stand.
+    assert load_task("ct_rate_16").digest == "9f538290ca215315"
+    assert load_task("synthetic").digest == "6a1bdc7be01c0501"
+
+
+def test_paraphrases_are_wordings_and_no_part_of_the_score(tmp_path):
+    pair = {"positive": "Nodule is seen.", "negative": "No nodule is seen."}
+    items = [TASK["items"][0] | {"paraphrases": [pair]}, *TASK["items"][1:]]
+    task, plain = load_task(written(tmp_path, items=items)), load_task(written(tmp_path))
+    assert (task.items[0].positive, task.items[0].negative) == (plain.items[0].positive, plain.items[0].negative)
+    assert task.items[0].wordings == [
+        ("Nodule.", "No nodule."),
+        ("There is nodule.", "There is no nodule."),
+        ("Nodule is seen.", "No nodule is seen."),
+    ]
+    assert set(task.prompts) - set(plain.prompts) == set(pair.values())
+    assert task.digest != plain.digest and len(plain.items[0].wordings) == 2
 
 
 @pytest.mark.parametrize(
@@ -65,6 +90,19 @@ def test_digest_follows_what_moves_a_score(tmp_path):
         ({"items": item(positive=["a.", "a."], negative="b.")}, "appears more than once"),
         ({"items": item(positive="No F.")}, "'No F.' stands as positive and as negative"),
         ({"items": item(prompt="F.")}, "unknown key 'prompt'"),
+        ({"items": item(paraphrase=[])}, "unknown key 'paraphrase'; nearest: 'paraphrases'"),
+        ({"items": item(paraphrases=[])}, r"item 1 \('F'\): paraphrases must be a list of pairs"),
+        (
+            {"items": item(paraphrases=["F is there."])},
+            r"paraphrase 1: expected a mapping with the keys \['negative', 'pos",
+        ),
+        ({"items": item(paraphrases=[{"positive": "x"}])}, r"paraphrase 1: the keys \['negative'\] are missing"),
+        (
+            {"items": item(paraphrases=[{"positive": "x", "negative": False}])},
+            "paraphrase 1: negative False is not a te",
+        ),
+        ({"items": item(paraphrases=[{"positive": "F.", "negative": "No F."}])}, "appears more than once"),
+        ({"items": item(paraphrases=[{"positive": "x", "negative": "x"}])}, "'x' stands as positive and as negative"),
         ({"items": ["F"]}, "item 1: expected a mapping"),
     ],
 )
@@ -106,7 +144,17 @@ def test_unknown_names_are_answered_with_the_nearest(tmp_path):
         check_task_labels(task, ["nodule"])
 
 
-@pytest.mark.parametrize("name, organ_set", [("ct_rate_16", "chest_4"), ("synthetic", "body_24")])
+@pytest.mark.parametrize(
+    "name, organ_set",
+    [
+        ("ct_rate_16", "chest_4"),
+        ("ct_rate_18", "chest_4"),
+        ("rad_chest_ct_16", "chest_4"),
+        ("body_24_findings", "body_24"),
+        ("body_24_findings", "body_36"),
+        ("synthetic", "body_24"),
+    ],
+)
 def test_shipped_tasks_fit_their_organs(name, organ_set):
     task = load_task(name)
     assert task.name == name and name in available_tasks()
@@ -116,16 +164,8 @@ def test_shipped_tasks_fit_their_organs(name, organ_set):
 
 
 def test_ct_rate_16_is_spelt_as_the_labels_are():
-    # The columns of CT-RATE's multi_abnormality_labels files.
-    labels = [
-        *("Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion"),
-        *("Coronary artery wall calcification", "Hiatal hernia", "Lymphadenopathy", "Emphysema", "Atelectasis"),
-        *("Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion"),
-        *("Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis"),
-        "Interlobular septal thickening",
-    ]
     task = load_task("ct_rate_16")
-    assert check_task_labels(task, labels) == [] and len(task.items) == 16
+    assert check_task_labels(task, CT_RATE_LABELS) == [] and len(task.items) == 16
     for it in task.items:
         assert it.negative == (f"Not {it.positive[0]}",)
 
@@ -145,3 +185,51 @@ def test_synthetic_task_covers_the_set_in_words_of_its_reports():
                 sentences |= {pattern.format(**words) for pattern in definition[kind]}
         assert set(it.positive) <= said["positive"], it.finding
         assert set(it.negative) <= said["negative"], it.finding
+
+
+def test_ct_rate_18_is_ct_rate_16_and_the_two_findings_without_an_organ():
+    task, published = load_task("ct_rate_18"), load_task("ct_rate_16")
+    scored = [(it.finding, it.organ, it.positive, it.negative) for it in task.items]
+    assert scored[:16] == [(it.finding, it.organ, it.positive, it.negative) for it in published.items]
+    assert [(finding, organ) for finding, organ, *_ in scored[16:]] == [
+        ("Medical material", "heart"),
+        ("Lymphadenopathy", "lung"),
+    ]
+    assert sorted(task.findings) == sorted(CT_RATE_LABELS)
+    assert all(len(it.paraphrases) == 3 for it in task.items)
+
+
+def test_rad_chest_ct_16_asks_what_its_labels_hold():
+    labels = yaml.safe_load((HUB_CONFIGS / "labels" / "rad_chest_ct.yaml").read_text())["findings"]
+    task = load_task("rad_chest_ct_16")
+    assert task.findings == list(labels) and len(labels) == 16
+    of_ct_rate = {it.finding: it for it in load_task("ct_rate_18").items}
+    assert all(it == of_ct_rate[it.finding] for it in task.items)
+
+
+def test_body_24_findings_cover_every_organ_in_several_wordings():
+    task = load_task("body_24_findings")
+    assert len(task.items) >= 54 and {it.organ for it in task.items} == set(load_organ_set("body_24").organs)
+    for it in task.items:
+        assert len(set(it.positive)) == len(set(it.negative)) == 4, it.finding
+    sentences = [text for it in task.items for text in (*it.positive, *it.negative)]
+    assert len(set(sentences)) == len(sentences), "a sentence serves one finding on one side only"
+    # Spelt alike, a finding is asked of the same organ: splits of either origin can be scored with this set.
+    organ_of = {it.finding: it.organ for name in ("ct_rate_16", "synthetic") for it in load_task(name).items}
+    shared = [it for it in task.items if it.finding in organ_of]
+    assert len(shared) >= 35 and all(it.organ == organ_of[it.finding] for it in shared)
+
+
+@pytest.mark.parametrize("name", ["body_24_findings", "ct_rate_18"])
+def test_sentences_written_here_read_as_they_are_meant(name):
+    """The rules that make captions find in each sentence its organ, and a finding in the positive ones alone."""
+    lexicon = load_lexicon("english")
+    tells_no_organ = {"Medical material", "Lymphadenopathy"}
+    for it in load_task(name).items:
+        pairs = it.paraphrases or zip(it.positive, it.negative)
+        for positive, negative in pairs:
+            assert is_abnormal_sentence(positive, lexicon), positive
+            assert not is_abnormal_sentence(negative, lexicon), negative
+            for sentence, organs in zip((positive, negative), organs_of_sentences([positive, negative], lexicon)):
+                if it.finding not in tells_no_organ and "arterial wall calcification" not in sentence.lower():
+                    assert it.organ in organs, sentence
