@@ -1,0 +1,78 @@
+"""The gold reports: sentences stand in their section, organs are of the set, the halves are alike and share no text."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from modeling_fvlm.organs import load_organ_set
+
+FOLDER = Path(__file__).parent / "data" / "reports_gold"
+ORGANS = load_organ_set("body_24").organs
+SECTIONS = ("findings", "impression")
+
+
+def reports_of(half: str) -> list[dict]:
+    files = sorted((FOLDER / half).glob("*.json"))
+    return [report for path in files for report in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="module", params=["tuning", "final"])
+def reports(request):
+    return reports_of(request.param)
+
+
+def test_a_half_has_reports_enough_of_every_organ(reports):
+    assert len(reports) >= 35 and len({report["id"] for report in reports}) == len(reports)
+    abnormal = Counter(organ for report in reports for organ, said in report["organs"].items() if said["abnormal"])
+    normal = Counter(organ for report in reports for organ, said in report["organs"].items() if not said["abnormal"])
+    assert set(abnormal) == set(ORGANS), "every organ is abnormal somewhere"
+    assert len(normal) > len(ORGANS) / 2
+
+
+def test_gold_sentences_stand_in_their_section(reports):
+    checked = 0
+    for report in reports:
+        assert set(report) == {"id", "style", "findings", "impression", "organs"}, report["id"]
+        assert list(report["organs"]) == [organ for organ in ORGANS if organ in report["organs"]], report["id"]
+        for organ, said in report["organs"].items():
+            assert set(said) == {*SECTIONS, "abnormal"} and isinstance(said["abnormal"], bool), (report["id"], organ)
+            assert said["findings"] or said["impression"], (report["id"], organ)
+            for section in SECTIONS:
+                text, place = words(report[section]), 0
+                assert len(set(said[section])) == len(said[section]), (report["id"], organ, "a sentence twice")
+                for sentence in said[section]:
+                    assert sentence == words(sentence) and sentence in text, (report["id"], organ, sentence)
+                    found = text.find(sentence, place)
+                    assert found >= 0, (report["id"], organ, "out of order", sentence)
+                    place, checked = found + 1, checked + 1
+                    assert not re.match(r"\(?\d{1,2}[.)]\s|[-•*]\s", sentence), (report["id"], "a list mark", sentence)
+    assert checked > 300
+
+
+def test_gold_sentences_are_whole(reports):
+    """A gold sentence starts at the start of a sentence, a line or a list mark, and stops where one stops."""
+    for report in reports:
+        for section in SECTIONS:
+            text = words(report[section])
+            for sentence in {sentence for said in report["organs"].values() for sentence in said[section]}:
+                before, _, after = text.partition(sentence)
+                assert not before or re.search(r"[.?!:\dl)•-]\s$|[A-Z]{3,}\s$", before), (report["id"], sentence)
+                assert re.search(r"[.?!:]$", sentence), (report["id"], sentence)
+                assert not after or after.startswith(" "), (report["id"], sentence, after[:20])
+
+
+def test_the_halves_share_no_long_sentence():
+    said = [
+        {words(sentence).lower() for report in reports_of(half) for section in SECTIONS
+         for sentence in re.split(r"(?<=[.?!])\s+", report[section])}
+        for half in ("tuning", "final")
+    ]  # fmt: skip
+    common = {sentence for sentence in said[0] & said[1] if len(sentence.split()) > 8}
+    assert min(map(len, said)) > 300 and not common
