@@ -28,12 +28,15 @@ from .sources import SourceError
 # name -> (module with add_arguments and run, one line). A module is imported only for its own command.
 COMMANDS = {
     "synthetic": ("synthetic", "a made-up release in CT-RATE's layout: no data needed"),
+    "lesions": ("lesions", "where the findings of the made-up release lie, voxel by voxel"),
     "ct_rate": ("ct_rate", "CT-RATE, from the Hub, a mirror or a folder in its layout -> processed split"),
     "rad_chest_ct": ("rad_chest_ct", "RAD-ChestCT: npz volumes, 84 abnormalities, no reports -> processed split"),
     "folder": ("folder", "your own CTs (NIfTI, NRRD, MetaImage, DICOM) + masks + reports -> processed split"),
     "merge": ("merge", "finish a split whose shards were built by several tasks (--shard i/n)"),
     "cache": ("cache", "a processed split -> memory-mapped Arrow files, for speed in training"),
     "inspect": ("inspection", "what lies in a processed split, and what looks wrong with it"),
+    "decompose-score": ("decompose_score", "how good a split of reports by organ is, against gold"),
+    "decompose-agree": ("decompose_agreement", "Cohen's kappa of two splits of the same reports by organ"),
     "push": ("push", "a processed split -> dataset repository on the Hub, private unless you say otherwise"),
 }
 

@@ -6,6 +6,7 @@ so the truth of every voxel and every finding is known. It is a test bed for tra
 (1) `draw_patient`  seed -> `Patient`: size, fat, contrast phase, part of the body that is scanned, findings with side,
                     size and number. No voxel grid enters here.
 (2) `render`        `Patient` and a spacing -> volume in HU and mask of TotalSegmentator v2 classes.
+(3) `lesion_mask`   where one finding of the patient was painted, by comparison with the patient without it.
 
 Every random choice hangs on a stream of its own (`Patient.stream`): anatomy, each finding, texture and noise draw from
 different generators. The same patient with one finding less differs in the voxels of that finding alone.
@@ -21,7 +22,7 @@ hernia counts as esophagus, cysts and a dilated pelvis as kidney, aerated and fi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -233,6 +234,12 @@ def render(patient: Patient, spacing: Sequence[float]) -> tuple[np.ndarray, np.n
     Returns:
         Volume in HU, int16, and mask of TotalSegmentator v2 labels, uint8; both `(depth, height, width)`, LPS axes.
     """
+    canvas = paint(patient, spacing)
+    return finish(canvas, patient), canvas.mask
+
+
+def paint(patient: Patient, spacing: Sequence[float]) -> Canvas:
+    """The patient as painted: mask as of `render`, HU before partial volume, texture and noise."""
     spacing = np.asarray(spacing, dtype=np.float64)
     height_mm, width_mm = patient.field_of_view_mm
     extent = np.array((patient.range_mm[1] - patient.range_mm[0], height_mm, width_mm))
@@ -244,7 +251,31 @@ def render(patient: Patient, spacing: Sequence[float]) -> tuple[np.ndarray, np.n
     ]
     canvas = Canvas(axes_mm)
     paint_body(canvas, patient)
-    return finish(canvas, patient), canvas.mask
+    return canvas
+
+
+def without(patient: Patient, finding: str) -> Patient:
+    """The same patient with one finding less."""
+    return replace(patient, findings={name: detail for name, detail in patient.findings.items() if name != finding})
+
+
+def lesion_mask(patient: Patient, finding: str, spacing: Sequence[float], canvas: Canvas | None = None) -> np.ndarray:
+    """The voxels of one finding: those whose painted HU or class are others without it.
+
+    A finding that changes a whole organ (steatosis) or its outline (splenomegaly) is all that it changes.
+
+    Args:
+        patient: With the finding.
+        finding: A key of `patient.findings`.
+        spacing: As for `render`.
+        canvas: Of `paint`, if it is there already.
+
+    Returns:
+        bool `(depth, height, width)`.
+    """
+    canvas = canvas or paint(patient, spacing)
+    other = paint(without(patient, finding), spacing)
+    return (canvas.volume != other.volume) | (canvas.mask != other.mask)
 
 
 def finish(canvas: Canvas, patient: Patient) -> np.ndarray:

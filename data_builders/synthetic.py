@@ -105,21 +105,35 @@ def nifti_bytes(array: np.ndarray, spacing: tuple[float, float, float], origin: 
     return buffer.getvalue()
 
 
-def write_patient(job: tuple[str, int], root: Path, seed: int, nominal: tuple[float, float, float]) -> dict:
-    """Draw, render and write one patient; returns its rows of the tables."""
+def draw_job(job: tuple[str, int], seed: int) -> Patient:
+    """The patient of a split and a number."""
     split, number = job
-    folder = SPLITS[split]
-    patient = draw_patient((seed, list(SPLITS).index(split), number))
-    spacing = draw_spacing(patient, nominal)
-    volume, mask = render(patient, spacing)
+    return draw_patient((seed, list(SPLITS).index(split), number))
+
+
+def draw_placement(patient: Patient) -> tuple[np.ndarray, str, np.random.Generator]:
+    """Origin `(x, y, z)` and orientation of a patient's files, and the generator that goes on from there."""
     rng = patient.stream("file")
     rng.random(2)  # taken by draw_spacing
     orientation = ORIENTATIONS[int(rng.integers(len(ORIENTATIONS)))]
-    origin = np.round(rng.uniform(-300, 100, 3), 2)  # (x, y, z)
-    patient_id = f"{folder}_{number}"
-    scan_id = f"{patient_id}_a"
-    name = f"{scan_id}_1.nii.gz"
-    place = Path(f"{folder}_fixed", patient_id, scan_id, name)
+    return np.round(rng.uniform(-300, 100, 3), 2), orientation, rng
+
+
+def place_of(job: tuple[str, int]) -> Path:
+    """Where the release keeps a patient's volume; its mask lies at the same place under `ts_seg/ts_total`."""
+    folder = SPLITS[job[0]]
+    patient_id = f"{folder}_{job[1]}"
+    return Path(f"{folder}_fixed", patient_id, f"{patient_id}_a", f"{patient_id}_a_1.nii.gz")
+
+
+def write_patient(job: tuple[str, int], root: Path, seed: int, nominal: tuple[float, float, float]) -> dict:
+    """Draw, render and write one patient; returns its rows of the tables."""
+    patient = draw_job(job, seed)
+    spacing = draw_spacing(patient, nominal)
+    volume, mask = render(patient, spacing)
+    origin, orientation, rng = draw_placement(patient)
+    place = place_of(job)
+    name, scan_id = place.name, place.parent.name
     for array, path in ((volume, root / place), (mask, root / "ts_seg" / "ts_total" / place)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(nifti_bytes(array, spacing, origin, orientation))
