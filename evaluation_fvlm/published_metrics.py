@@ -31,7 +31,7 @@ import pandas as pd
 from sklearn.metrics import f1_score, precision_score, roc_auc_score
 
 from evaluation_fvlm.errors import EvaluationError
-from evaluation_fvlm.tasks import Task
+from evaluation_fvlm.tasks import Item, Task
 from modeling_fvlm.organs import nearest_name
 
 LONGEST_CELL = 60  # characters of a cell that a message shows
@@ -172,9 +172,14 @@ def published_scores(frame: pd.DataFrame, task: Task) -> pd.DataFrame:
     for item in task.items:
         rows = frame[frame["finding"] == item.finding]
         columns.setdefault(FILE_COLUMN, (rows["recon_id"] + ".nii.gz").to_numpy())
-        prompts = [" | ".join(dict.fromkeys(texts)) for texts in (item.negative, item.positive)]
-        columns["_".join([item.organ, item.finding, *prompts])] = rows["score"].to_numpy()
+        columns[published_column(item)] = rows["score"].to_numpy()
     return pd.DataFrame(columns)
+
+
+def published_column(item: Item) -> str:
+    """The heading of a finding's scores: `organ_finding_negative_positive`."""
+    prompts = [" | ".join(dict.fromkeys(texts)) for texts in (item.negative, item.positive)]
+    return "_".join([item.organ, item.finding, *prompts])
 
 
 def read_published_files(scores: Path, labels: Path) -> pd.DataFrame:
