@@ -14,6 +14,7 @@ scan comes padded to `volume_size`, and what (3) pads is the lower edge of the w
 from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,20 +22,24 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_fvlm import DEFAULT_WINDOW, FVLMConfig, FVLMVisionConfig
-from .geometry import crop_inside, crop_or_pad, crop_start, organ_box, organs_in_crop, window_volume
+from .geometry import crop_inside, crop_or_pad, crop_start, organ_box, organs_in_crop, resample_volume, window_volume
 from .image_files import file_kind
-from .organs import nearest_name, organ_label_table
+from .organs import STRUCTURE_NAMES, UNKNOWN_LABEL, nearest_name, organ_label_table
 from .preparation import PreparedScan, padding_hu, prepare_scan
-from .published_preparation import as_stored, prepare_published_scan
+from .published_preparation import as_stored, prepare_published_scan, resize_volume, resized_shape
 from .reading import (
     mask_from_array,
     read_affine,
     read_mask,
     read_nifti,
     read_nifti_mask,
+    read_structures,
     read_volume,
     volume_from_array,
 )
+
+# Numbering of masks whose labels are the model's own, `organ_index + 1`.
+MODEL_LABELS = "organs"
 
 
 class FVLMImageProcessor(BaseImageProcessor):
@@ -122,11 +127,13 @@ class FVLMImageProcessor(BaseImageProcessor):
                 file; of several series take `read_dicom`'s `Volume`), 3-D array of HU in any orientation, or `Volume`;
                 or a list of these. Under preprocessing "published" axes are taken as they are stored: files must be
                 NIfTI, and a `Volume`, which has been turned, is refused.
-            masks: Segmentations of the volumes, likewise, but for DICOM. An array is taken to lie on the stored array
-                of its volume.
+            masks: Segmentations of the volumes, likewise, but for DICOM, or folders with one file per structure, as
+                TotalSegmentator writes them. An array is taken to lie on the stored array of its volume.
             affines: For arrays and .npz files: 4 x 4 voxel-to-mm (RAS+), one or a list. For other files: used instead
                 of the header's; not for DICOM.
-            numbering: What the labels of the masks mean: a numbering's name, or {label value: class or organ name}.
+            numbering: What the labels of the masks mean: a numbering's name, {label value: class or organ name}, or
+                "organs" for the model's own, `organ_index + 1`. Of a folder of structures the names are what counts:
+                TotalSegmentator's of any release, those of the dict, or the organs'.
             window: Apply the HU windows here. Otherwise the HU are handed over as int16 (a quarter of the memory), and
                 the model applies its own windows.
             center: Where the crop lies in a scan that is larger: None for the middle, an organ's name for the middle of
@@ -182,22 +189,23 @@ class FVLMImageProcessor(BaseImageProcessor):
                 "masks is missing: fVLM looks at a scan organ by organ. Segment the volume first, for example with "
                 "`TotalSegmentator -i ct.nii.gz -o mask.nii.gz --ml`, and give that file."
             )
-        if self.preprocessing == "published":
-            for name, value in (("volume", volume), ("mask", mask)):
-                if _is_volume(value):
-                    raise ValueError(
-                        f"{name}: a `Volume` has been turned to LPS, but preprocessing 'published' takes the axes as "
-                        "the file stores them. Give the path, or array and affine."
-                    )
-        table = organ_label_table(self.organ_classes, self.organs, numbering)
         is_published = self.preprocessing == "published"
-        if _is_path(volume):
-            scan = self._read(read_nifti if is_published else read_volume, volume, affine)
-        elif _is_volume(volume):
-            scan = volume
-        else:
-            scan = self._read(volume_from_array, _as_array(volume), _needed(affine, "volume"))
-        if _is_path(mask):
+        self._check_is_stored(volume=volume, mask=mask)
+        is_folder = _is_path(mask) and Path(mask).is_dir()
+        if is_folder and is_published:
+            raise ValueError(
+                f"{mask}: preprocessing 'published' takes one multilabel mask, not a folder with a file per structure: "
+                "it goes by the order in which a file stores its voxels."
+            )
+        if is_folder:
+            names = self._structure_names(numbering)
+            if numbering != MODEL_LABELS:
+                numbering = dict(enumerate(names, start=1))
+        table = self.label_table(numbering)
+        scan = self._read_scan(volume, affine)
+        if is_folder:
+            labels = read_structures(mask, names)
+        elif _is_path(mask):
             labels = self._read(read_nifti_mask if is_published else read_mask, mask, None)
         elif _is_volume(mask):
             labels = mask
@@ -209,6 +217,50 @@ class FVLMImageProcessor(BaseImageProcessor):
         if is_published:
             return prepare_published_scan(*geometry, self.volume_size, self.windows)
         return prepare_scan(*geometry)
+
+    def prepare_volume(self, volume, affine: np.ndarray | None = None) -> np.ndarray:
+        """Read one scan without a mask and bring it to the model's spacing, whole: int16 HU `(depth, height, width)`.
+
+        Args:
+            volume, affine: One of the `volumes` and `affines` of `preprocess`.
+        """
+        self._check_is_stored(volume=volume)
+        scan = self._read_scan(volume, affine)
+        if self.preprocessing == "published":
+            new_shape = resized_shape(scan.array.shape, scan.affine, self.spacing, scan.name)
+            return np.rint(resize_volume(scan.array, new_shape)).astype(np.int16)
+        return resample_volume(scan.array, scan.spacing, self.spacing)
+
+    def label_table(self, numbering: str | Mapping[int, str | None]) -> np.ndarray:
+        """Lookup from the labels of a mask to those of the model, `organ_index + 1`; see `organ_label_table`."""
+        if numbering == MODEL_LABELS:
+            table = np.full(256, UNKNOWN_LABEL, dtype=np.uint8)
+            table[: len(self.organs) + 1] = np.arange(len(self.organs) + 1)
+            return table
+        return organ_label_table(self.organ_classes, self.organs, numbering)
+
+    def _structure_names(self, numbering: str | Mapping[int, str | None]) -> Sequence[str]:
+        """What the files of a folder of structures are called, by the numbering that came with it."""
+        if isinstance(numbering, Mapping):
+            return list(dict.fromkeys(name for name in numbering.values() if name is not None))
+        return self.organs if numbering == MODEL_LABELS else STRUCTURE_NAMES
+
+    def _check_is_stored(self, **values) -> None:
+        """Refuse what has been turned, where the preparation goes by the stored axes."""
+        for name, value in values.items() if self.preprocessing == "published" else ():
+            if _is_volume(value):
+                raise ValueError(
+                    f"{name}: a `Volume` has been turned to LPS, but preprocessing 'published' takes the axes as "
+                    "the file stores them. Give the path, or array and affine."
+                )
+
+    def _read_scan(self, volume, affine: np.ndarray | None):
+        """A `Volume` of HU from any of the forms that `preprocess` takes."""
+        if _is_path(volume):
+            return self._read(read_nifti if self.preprocessing == "published" else read_volume, volume, affine)
+        if _is_volume(volume):
+            return volume
+        return self._read(volume_from_array, _as_array(volume), _needed(affine, "volume"))
 
     def _read(self, read, source, affine: np.ndarray | None):
         """A `Volume` from a path or an array, turned by its affine, or left as stored for the published preparation."""

@@ -113,7 +113,8 @@ def test_a_long_organ_is_seen_whole(pipe, tmp_path):
     original = pipe.model.get_organ_features
     pipe.model.get_organ_features = lambda **inputs: seen.append(inputs) or original(**inputs)
     try:
-        result = pipe({"volume": hu, "mask": labels, "affine": AFFINE}, findings=FINDINGS[:1])
+        scan = {"volume": hu, "mask": labels, "affine": AFFINE, "numbering": "totalsegmentator_v2"}
+        result = pipe(scan, findings=FINDINGS[:1])
     finally:
         del pipe.model.get_organ_features
     assert seen[0]["volume"].shape == (1, 18, 12, 32), "17 slices, padded to whole patches of 2"
@@ -144,7 +145,10 @@ def test_the_task_is_known_after_the_import(model, processor, paths):
         (FINDINGS[0], "non-empty list"),
         ([{"finding": "x", "organ": "lung", "positive": "a"}], r"findings\[0\] lacks \['negative'\]"),
         ([{**FINDINGS[0], "organ": "lungs"}], r"findings\[0\] \(Emphysema\): organ 'lungs' .*nearest: 'lung'"),
-        ([{**FINDINGS[0], "positive": ["a", "b"]}], "2 positive and 1 negative prompts; they are compared in pairs"),
+        (
+            [{**FINDINGS[0], "positive": ["a", "b"], "negative": ["c"] * 3}],
+            "2 positive and 3 negative prompts; they are compared in pairs",
+        ),
         ([{**FINDINGS[0], "positive": [], "negative": []}], "0 positive and 0 negative"),
     ],
 )
@@ -155,8 +159,8 @@ def test_wrong_findings_are_refused(pipe, paths, findings, message):
 
 
 def test_wrong_scans_are_refused(pipe, paths):
-    with pytest.raises(ValueError, match='a scan is {"volume"'):
-        pipe({"volume": paths[0]}, findings=FINDINGS)
+    with pytest.raises(ValueError, match='a scan is the path of its volume, or {"volume"'):
+        pipe({"mask": paths[1]}, findings=FINDINGS)
     with pytest.raises(ValueError, match=r"does not have \['masks'\]"):
         pipe({"volume": paths[0], "mask": paths[1], "masks": 1}, findings=FINDINGS)
     with pytest.raises(TypeError, match=r"does not know \['prompts'\]"):

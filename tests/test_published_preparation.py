@@ -503,7 +503,8 @@ def test_what_lies_outside_a_published_scan_is_nothing_wherever_it_is_cut():
         pipe = FVLMZeroShotPipeline(model=FVLMModel(config), processor=processor)
         processor.image_processor.prepare = lambda *_, scan=scan: scan
         findings = [{"finding": "F", "organ": "heart", "positive": ["nodule"], "negative": ["no nodule"]}]
-        (window,) = pipe.preprocess({"volume": hu, "mask": labels, "affine": affine}, findings)["crops"]
+        given = {"volume": hu, "mask": labels, "affine": affine, "numbering": "totalsegmentator_v2"}
+        (window,) = pipe.preprocess(given, findings)["crops"]
         assert (window["volume"][0, 0] == outside).all()
 
         row = {"patient_id": "p", "scan_id": "s", "recon_id": "r", "labels": [], "spacing": list(config.spacing)}
