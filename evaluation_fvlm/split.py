@@ -1,4 +1,7 @@
-"""Opening a processed split for evaluation, choosing its rows, and refusing one that was made for another model."""
+"""Opening a processed split for evaluation, choosing its rows, and refusing one that was made for another model.
+
+Rows that are not scored are named with their reason, so that a count can be checked case by case (dropped.csv).
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,25 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig
 
 from evaluation_fvlm.errors import EvaluationError
+from modeling_fvlm.captions import compose_report
 from modeling_fvlm.organs import NUMBERINGS
 from modeling_fvlm.preparation import padding_hu
 from modeling_fvlm.processed_split import load_rows, natural_key
 
 LEVELS = ("scan", "reconstruction")
+DUPLICATES = ("keep", "drop")
+NOT_FIRST = "another reconstruction of the scan is scored"
+SAME_REPORT = "report equal to that of an earlier scan of the patient"
+BEYOND_LIMIT = "beyond --limit"
+REPORT_COLUMNS = ("impression", "findings")
+DROPPED_COLUMNS = ["patient_id", "scan_id", "recon_id", "reason"]
 
 
 def open_split(data: str, split: str, revision: str | None = None) -> Dataset:
@@ -122,24 +133,60 @@ def _classes_by_numbering(entry: Mapping | list[str] | None) -> dict[str, set[st
 
 
 def select_scans(dataset: Dataset, level: str = "scan", limit: int | None = None) -> Dataset:
-    """Rows to score: the first reconstruction of every scan, or every reconstruction.
+    """Rows to score: `choose_scans` with duplicates kept, without what was left out."""
+    return choose_scans(dataset, level, limit=limit)[0]
+
+
+def choose_scans(
+    dataset: Dataset, level: str = "scan", *, duplicates: str = "keep", limit: int | None = None
+) -> tuple[Dataset, pd.DataFrame]:
+    """Rows to score: the first reconstruction of every scan, or every reconstruction; and the others, with the reason.
 
     A scan's reconstructions show one examination; scored one by one they count a patient several times and make the
     AUC look surer than it is. "First" is by `recon_id` (x_2 before x_10), so the choice does not hang on the order of
     the shards. Scans of two patients are two, whatever they are called.
 
+    Labels come from reports, so two rows of one patient with equal reports are one observation. Equal reports of
+    different patients are two: "normal" is said of many.
+
     Args:
         level: "scan" (one row each) or "reconstruction" (all; what the published CT-RATE numbers count).
+        duplicates: "drop" keeps of the rows of one patient whose reports (impression and findings) are equal the
+            first by `recon_id`. Empty reports equal none.
         limit: Only the first so many rows of the choice, in the split's order.
+
+    Returns:
+        The rows, and a table with a row for each one left out (`DROPPED_COLUMNS`).
+
+    Raises:
+        EvaluationError: If level or duplicates are none of these, or duplicates are to be dropped and the split holds
+            no reports.
     """
-    if level not in LEVELS:
-        raise EvaluationError(f"level '{level}' is not one of {list(LEVELS)}.")
-    rows = list(range(len(dataset)))
+    for name, value, known in (("level", level, LEVELS), ("duplicates", duplicates, DUPLICATES)):
+        if value not in known:
+            raise EvaluationError(f"{name} '{value}' is not one of {list(known)}.")
+    identity = pd.DataFrame({name: dataset[name][:] for name in DROPPED_COLUMNS[:-1]})
+    reason = pd.Series("", index=identity.index)
+    order = sorted(identity.index, key=lambda row: natural_key(identity["recon_id"][row]))  # equal names: split's order
     if level == "scan":
-        first: dict[tuple[str, str], int] = {}
-        recon_ids = dataset["recon_id"][:]
-        for row, scan in enumerate(zip(dataset["patient_id"], dataset["scan_id"])):
-            if scan not in first or natural_key(recon_ids[row]) < natural_key(recon_ids[first[scan]]):
-                first[scan] = row
-        rows = sorted(first.values())
-    return dataset.select(rows[:limit])
+        repeated = identity.loc[order].duplicated(["patient_id", "scan_id"])
+        reason[repeated.index[repeated]] = NOT_FIRST
+    if duplicates == "drop":
+        if not set(REPORT_COLUMNS) & set(dataset.column_names):
+            raise EvaluationError(
+                "--duplicates drop compares reports, but the split has neither the column 'findings' nor 'impression'. "
+                "Keep duplicates, or build the split with its reports."
+            )
+        reports = identity.assign(report=_reports(dataset)).loc[[row for row in order if not reason[row]]]
+        reports = reports[reports["report"] != ""]
+        repeated = reports.duplicated(["patient_id", "report"])
+        reason[repeated.index[repeated]] = SAME_REPORT
+    rows = np.flatnonzero(reason == "")
+    reason[rows[limit:] if limit is not None else rows[:0]] = BEYOND_LIMIT
+    dropped = identity.assign(reason=reason)[reason != ""].reset_index(drop=True)
+    return dataset.select(rows[:limit]), dropped
+
+
+def _reports(dataset: Dataset) -> list[str]:
+    parts = (dataset[name][:] if name in dataset.column_names else [None] * len(dataset) for name in REPORT_COLUMNS)
+    return [compose_report(impression, findings) for impression, findings in zip(*parts)]

@@ -4,6 +4,8 @@ For a finding of organ o, with unit-length embeddings and the model's temperatur
 
     score = mean over prompt pairs i of softmax([v_o . n_i, v_o . p_i] / t)[1]
 
+Each pair's own probability is kept beside it, that of a set's paraphrases too: wording.py tells how far they disagree.
+
 (1) Every sentence of every task is embedded once (prompts.py). (2) The image tower runs once over the split
 (embedding.py). (3) Scores are then a product of two small matrices. A scan whose organ is absent gets NO score, never a
 zero; a scan whose label is unknown keeps its score and has no label. Both stay in the table and are counted by
@@ -13,7 +15,7 @@ metrics.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from evaluation_fvlm.embedding import SplitEmbeddings, embed_split
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.prompts import embed_prompts
-from evaluation_fvlm.tasks import Task, check_task_labels, check_task_organs
+from evaluation_fvlm.tasks import Item, Task, check_task_labels, check_task_organs
 from evaluation_fvlm.windows import WindowRule
 
 SCORE_COLUMNS = [
@@ -48,6 +50,8 @@ class ZeroShotScores:
     logit_scale: float
     unlabelled: dict[str, list[str]]  # task -> its findings that no scan of the split has a label for
     prompts_are_cached: bool = False  # their embeddings were read from a cache, not computed
+    # (task, finding) -> (scans, wordings), the probability of every pair of `Item.wordings`; NaN as in `frame`.
+    by_wording: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -112,13 +116,25 @@ def evaluate_split(
         logit_scale=logit_scale,
         unlabelled=unlabelled,
         prompts_are_cached=prompt_embeds.are_cached,
+        by_wording={
+            (task.name, item.finding): score_wordings(item, embeddings, prompt_embeds.by_prompt, logit_scale)
+            for task in tasks
+            for item in task.items
+        },
     )
 
 
 def pair_probability(
     image_embeds: np.ndarray, positive: np.ndarray, negative: np.ndarray, logit_scale: float
 ) -> np.ndarray:
-    """Probability of the finding per scan: softmax over each (negative, positive) pair, then the mean over pairs.
+    """Probability of the finding per scan, `(scans,)`: the mean of `pair_probabilities` over the pairs."""
+    return pair_probabilities(image_embeds, positive, negative, logit_scale).mean(axis=1)
+
+
+def pair_probabilities(
+    image_embeds: np.ndarray, positive: np.ndarray, negative: np.ndarray, logit_scale: float
+) -> np.ndarray:
+    """Probability of the finding per scan and pair, `(scans, pairs)`: a softmax over (negative, positive).
 
     Args:
         image_embeds: `(scans, dim)`, one organ.
@@ -128,7 +144,17 @@ def pair_probability(
     # A softmax over two logits is the logistic function of their difference; tanh does not overflow.
     direction = (positive - negative).astype(np.float64)  # (pairs, dim)
     margin = logit_scale * image_embeds.astype(np.float64) @ direction.T  # (scans, pairs)
-    return (0.5 * (1.0 + np.tanh(0.5 * margin))).mean(axis=1)
+    return 0.5 * (1.0 + np.tanh(0.5 * margin))
+
+
+def score_wordings(
+    item: Item, embeddings: SplitEmbeddings, prompt_embeds: dict[str, np.ndarray], logit_scale: float
+) -> np.ndarray:
+    """What every pair of `item.wordings` says alone, `(scans, wordings)`; NaN where the organ is absent."""
+    organ_index = embeddings.organs.index(item.organ)
+    positive, negative = (np.stack([prompt_embeds[text] for text in texts]) for texts in zip(*item.wordings))
+    scores = pair_probabilities(embeddings.image_embeds[:, organ_index], positive, negative, logit_scale)
+    return np.where(embeddings.is_present[:, organ_index, None], scores, np.nan)
 
 
 def score_task(

@@ -159,11 +159,13 @@ def tiny_manifest(**settings) -> dict:
     return {"settings": {"organ_set": organ_set, "spacing": [3.0, 1.0, 1.0], "margin_voxels": [5, 20, 20]} | settings}
 
 
-def write_tiny_split(folder, rows: list[dict] | None = None, **settings) -> None:
-    """A processed split on disk, as `datasets.load_dataset` and the command read it."""
+def write_tiny_split(folder, rows: list[dict] | None = None, train: list[dict] | None = None, **settings) -> None:
+    """A processed split on disk, as `datasets.load_dataset` and the command read it; `train`: of a second split."""
     (folder / "volumes").mkdir(parents=True)
-    Dataset.from_list(rows or tiny_rows()).to_parquet(folder / "volumes" / "validation-00000-of-00001.parquet")
     card = "configs:\n- config_name: volumes\n  default: true\n  data_files:\n"
-    card += "  - split: validation\n    path: volumes/validation-*.parquet\n"
+    for split, members in {"validation": rows or tiny_rows(), "train": train}.items():
+        if members is not None:
+            Dataset.from_list(members).to_parquet(folder / "volumes" / f"{split}-00000-of-00001.parquet")
+            card += f"  - split: {split}\n    path: volumes/{split}-*.parquet\n"
     (folder / "README.md").write_text(f"---\n{card}---\n")
     (folder / "manifest.json").write_text(json.dumps(tiny_manifest(**settings)))

@@ -126,8 +126,8 @@ def test_bare_no_is_no_text(tmp_path):
 
 
 def test_unknown_names_are_answered_with_the_nearest(tmp_path):
-    with pytest.raises(ValueError, match="no prompt set named 'ct_rate_61'.*nearest: 'ct_rate_16'"):
-        load_task("ct_rate_61")
+    with pytest.raises(ValueError, match="no prompt set named 'ct_rate16'.*nearest: 'ct_rate_16'"):
+        load_task("ct_rate16")
     with pytest.raises(ValueError, match="mine.yaml does not exist"):
         load_task(tmp_path / "mine.yaml")
     (tmp_path / "mine.yaml").write_text("name: [")

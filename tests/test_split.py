@@ -1,0 +1,52 @@
+"""Which rows of a split are scored, and that every other is named with its reason."""
+
+import pytest
+from datasets import Dataset
+
+from evaluation_fvlm.errors import EvaluationError
+from evaluation_fvlm.split import BEYOND_LIMIT, NOT_FIRST, SAME_REPORT, choose_scans
+
+ROWS = [  # patient, scan, reconstruction, findings, impression
+    ("p", "p_a", "p_a_10", "Nodule.", "Nodule."),
+    ("p", "p_a", "p_a_2", "Nodule.", "Nodule."),
+    ("p", "p_b", "p_b_1", "Nodule.  ", "Nodule."),  # the same report, written anew
+    ("p", "p_c", "p_c_1", "Nodule.", None),
+    ("q", "q_a", "q_a_1", "Nodule.", "Nodule."),  # another patient
+    ("q", "q_b", "q_b_1", "", None),
+    ("q", "q_c", "q_c_1", None, ""),  # no report equals none
+]
+
+
+def split() -> Dataset:
+    names = ("patient_id", "scan_id", "recon_id", "findings", "impression")
+    return Dataset.from_list([dict(zip(names, row)) for row in ROWS])
+
+
+def test_the_first_of_equal_reports_of_a_patient_is_kept():
+    chosen, dropped = choose_scans(split(), "reconstruction", duplicates="drop")
+    assert chosen["recon_id"][:] == ["p_a_2", "p_c_1", "q_a_1", "q_b_1", "q_c_1"]
+    assert dict(zip(dropped["recon_id"], dropped["reason"])) == {"p_a_10": SAME_REPORT, "p_b_1": SAME_REPORT}
+
+
+@pytest.mark.parametrize("level", ["scan", "reconstruction"])
+@pytest.mark.parametrize("duplicates", ["keep", "drop"])
+@pytest.mark.parametrize("limit", [None, 1, 3, 100])
+def test_every_row_is_scored_or_named(level, duplicates, limit):
+    rows = split()
+    chosen, dropped = choose_scans(rows, level, duplicates=duplicates, limit=limit)
+    assert sorted([*chosen["recon_id"], *dropped["recon_id"]]) == sorted(rows["recon_id"])
+    reasons = dropped["reason"].value_counts().to_dict()
+    assert reasons.get(NOT_FIRST, 0) == (level == "scan")
+    repeated = {"keep": 0, "drop": 1 + (level == "reconstruction")}[duplicates]
+    assert reasons.get(SAME_REPORT, 0) == repeated
+    left = len(rows) - (level == "scan") - repeated
+    assert reasons.get(BEYOND_LIMIT, 0) == max(0, left - (limit or left))
+
+
+def test_duplicates_cannot_be_told_without_reports():
+    rows = split().remove_columns(["findings", "impression"])
+    assert len(choose_scans(rows, "scan")[0]) == 6
+    with pytest.raises(EvaluationError, match="neither the column 'findings' nor 'impression'"):
+        choose_scans(rows, "scan", duplicates="drop")
+    with pytest.raises(EvaluationError, match="duplicates 'forget' is not one of"):
+        choose_scans(rows, "scan", duplicates="forget")
