@@ -11,7 +11,7 @@ from pathlib import Path
 from modeling_fvlm.organs import ORGAN_SETS, load_organ_set
 
 from .cases import nearest
-from .folder_reports import load_json
+from .folder_reports import load_json, read_json, read_sheet
 
 SECTIONS = ("findings", "impression")
 
@@ -94,6 +94,27 @@ def check_entry(entry: Mapping, place: str) -> None:
 def sentences_of(entry: Mapping, section: str, organ: str) -> list[str]:
     """What a section says of an organ; nothing where the entry does not speak of it."""
     return entry["organs"].get(organ, {}).get(section, [])
+
+
+def with_texts(entries: Sequence[Mapping], reports: Path | None, source: Path) -> list[dict]:
+    """Entries that carry the texts of their reports, out of `reports` where they do not themselves.
+
+    Raises:
+        ValueError: If a report has a text in neither.
+    """
+    text_of: dict[str, Mapping] = {}
+    if reports is not None and reports.suffix.lower() == ".json":
+        text_of = read_json(reports)
+    elif reports is not None:
+        text_of = {row["id"]: row for row in read_sheet(reports, ["id"])[1]}
+    result = []
+    for entry in entries:
+        texts = {section: entry.get(section) or text_of.get(entry["id"], {}).get(section) or "" for section in SECTIONS}
+        if not any(texts.values()) and any(entry["organs"].values()):
+            where = f"in {source.name}" if reports is None else f"in {source.name} nor in {reports.name}"
+            raise ValueError(f"the report {entry['id']!r} has no text {where}. Give --reports with its findings.")
+        result.append({**entry, **texts})
+    return result
 
 
 def organs_of(entries: Sequence[Mapping], name: str | None) -> tuple[str, tuple[str, ...]]:
