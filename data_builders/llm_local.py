@@ -39,8 +39,8 @@ class TransformersClient:
             self._tokenizer = AutoTokenizer.from_pretrained(self.model)
             self._network = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto")
         except (OSError, ValueError, KeyError) as error:
-            place = "the folder" if Path(self.model).is_dir() else "neither a folder nor reached on the Hub;"
-            raise ValueError(f"--llm_local {self.model}: {place} no causal language model. {told(error)}") from None
+            where = "the folder holds" if Path(self.model).is_dir() else "there is no such folder, and the Hub gives"
+            raise ValueError(f"--llm_local {self.model}: {where} no causal language model. {told(error)}") from None
         self._network.to(self.device).eval()
 
     def ask(self, messages: Messages, schema: dict, max_tokens: int) -> Answer:
