@@ -37,6 +37,7 @@ COMMANDS = {
     "inspect": ("inspection", "what lies in a processed split, and what looks wrong with it"),
     "decompose-score": ("decompose_score", "how good a split of reports by organ is, against gold"),
     "decompose-agree": ("decompose_agreement", "Cohen's kappa of two splits of the same reports by organ"),
+    "report-page": ("report_page", "a split of reports by organ -> HTML page with the organs in colour"),
     "correct": ("correction_csv", "a split of reports by organ -> CSV to correct by hand, and back"),
     "push": ("push", "a processed split -> dataset repository on the Hub, private unless you say otherwise"),
 }

@@ -6,10 +6,10 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_page import Page, luminance
 from phantom_split import ORGANS, build_split, render_scans
 from PIL import Image
 
@@ -20,42 +20,7 @@ from data_builders.doctor_findings import FEWEST_FOR_STATISTICS, find
 from data_builders.doctor_page import kind_of_cell, organ_table, page_html, shrunken_png
 from data_builders.previews import organ_colors
 
-VOID = {"meta", "img", "br", "hr", "link", "input"}
 EVIL = "<script>alert('x')</script><b>&\"'"
-
-
-class Page(HTMLParser):
-    """Checks nesting while it reads, and keeps what the tests ask for."""
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text: dict[str, list[str]] = {}
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        names = [name for name, _ in attributes]
-        assert len(names) == len(set(names)), f"an attribute twice in {tag}"
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))  # of SVG
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data):
-        if self.open and data.strip():
-            self.text.setdefault(self.open[-1], []).append(data.strip())
-
-    def of(self, tag: str) -> list[dict]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +60,6 @@ def test_the_page_can_be_read_without_seeing_it(page):
     assert len(parsed.text["caption"]) == len(parsed.of("table")) >= 8
     assert len(parsed.of("tbody")) == len(parsed.of("thead")) == len(parsed.of("table"))
     assert all(cell["scope"] in ("col", "row") for cell in parsed.of("th"))
-
-
-def luminance(color: str) -> float:
-    full = color if len(color) == 7 else "#" + "".join(2 * letter for letter in color[1:])
-    parts = [int(full[place : place + 2], 16) / 255 for place in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return float(np.dot((0.2126, 0.7152, 0.0722), linear))
 
 
 @pytest.mark.parametrize(
