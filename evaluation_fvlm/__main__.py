@@ -1,4 +1,4 @@
-"""Evaluate scores, embeddings and runs that are there already: no scan is read, and only `probe` trains on labels.
+"""Evaluate scores and embeddings that are there already, and look at runs, attention and cards.
 
 Anybody's scores, a CSV with a column per finding, by a stated protocol with 95 % intervals:
     python -m evaluation_fvlm score --scores res.csv --labels labels.csv --task ct_rate_16 --json out.json
@@ -26,6 +26,11 @@ COMMANDS = {
     "retrieval": ("retrieval", "embeddings -> report to volume and back, R@k, median rank, MRR, chance beside"),
     "probe": ("probes", "embeddings and labels -> linear probe and nearest neighbours"),
     "diagnostics": ("diagnostics", "embeddings -> alignment, uniformity, effective rank, modality gap, text collapse"),
+    "attention": ("attention", "a model and a scan -> where every organ's query looks, as NIfTI and pictures"),
+    "lesion_attention": (
+        "lesion_attention",
+        "a model and lesion masks -> share of the attention that is in the lesion",
+    ),
     "report": ("html_report", "a folder of results -> one page to look at, without a network"),
     "card": ("model_index", "results -> the model-index and text of a model's card"),
 }
