@@ -248,15 +248,16 @@ def settings_from_args(
             raise ValueError(f"--{name} is for hashed ids, and these are kept as they are: give --ids hashed as well.")
     check_executor(args.executor)
     part_of(args.shard)
+    organ_set = load_organ_set(args.organs)
     settings = Settings(
         builder=builder,
-        organ_set=load_organ_set(args.organs),
+        organ_set=organ_set,
         numberings=numberings or {"totalsegmentator_v2": "totalsegmentator_v2"},
         spacing=tuple(float(edge) for edge in args.spacing),
         margin_voxels=tuple(args.margin),
         preprocessing=args.preprocessing,
         rows_per_shard=args.rows_per_shard,
-        lexicon=load_lexicon(args.lexicon),
+        lexicon=load_lexicon(args.lexicon).for_organ_set(organ_set),
         options=options,
         rescale_mode=args.rescale,
         configs=tuple(config for config in CONFIGS if config in args.configs),

@@ -1,305 +1,711 @@
-"""Report -> captions by organ, with a plain rule: a sentence goes to every organ it names.
+"""Report -> captions by organ, by rules: a sentence goes to every organ it says something about.
 
-(1) findings and impression are cut into sentences; list marks go, decimals and abbreviations stay whole
+(1) the report is cut into sentences of findings and of impression (report_sentences)
 (2) the words of a sentence are compared with the terms of a lexicon (hub_configs/lexicon), the longest term first, so
-    that "aortic valve" is the heart's and "subcutaneous emphysema" nobody's
+    that "aortic valve" is the heart's and "subcutaneous emphysema" nobody's; an organ named for orientation only
+    ("adjacent to the aorta"), or as the place of a lymph node, does not count
 (3) terms that say little by themselves ("nodule") count where the sentence names no other place
-(4) a sentence that names nothing and begins with "It" or "The lesion" speaks of what the sentence before spoke of
-(5) a sentence is normal if what is left of it after the negated parts are blanked is no finding; an organ is abnormal
-    if one of its sentences is not normal
+(4) a sentence that names nothing speaks of the heading it stands under ("LIVER:"), of what it refers back to ("it",
+    "the effusion", "on the left"), or of what the sentence before spoke of, if only that can be meant ("no focal lesion")
+(5) an organ is abnormal if a clause about it states a finding (assertion)
 Sentences that name no organ of the set are left out of the captions (the whole report stays in the row).
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-
-import yaml
+from typing import NamedTuple
 
 from modeling_fvlm.captions import compose_caption, is_abnormal_caption
 
-from .cases import OrganText, nearest
+from .assertion import MEASURE, ONLY_SHOWN, Assertions, Status, judge_sentence
+from .cases import OrganText
+from .decomposition import Decomposition, Labels
+from .lexicon import WORD, Entry, Lexicon, Part, fold, load_lexicon, starts_with
+from .report_sentences import Sentence, clean, report_sentences, split_sentences
 
-LEXICONS = Path(__file__).resolve().parent.parent / "hub_configs" / "lexicon"
+__all__ = [
+    "Lexicon",
+    "caption_rows",
+    "decompose",
+    "decompose_report",
+    "is_abnormal_sentence",
+    "load_lexicon",
+    "split_sentences",
+]
 
-# (1) An abbreviation's full stop ends no sentence. Units are not among them: "measuring 5 mm. The ..." does end there.
-ABBREVIATION = re.compile(r"\b(?:dr|prof|vs|approx|ca|fig|e\.g|i\.e|resp|incl|max|min|[A-Z])\.$", re.IGNORECASE)
-SENTENCE_END = re.compile(r"(?<=[.?!])[\"')\]]*\s+(?=[^\sa-z])")
-LIST_MARK = re.compile(r"^(?:\(?\d{1,2}\s?[.)]\s*(?=[A-Z])|\(?\d{1,2}\s?[.)]\s+|\d{1,2}\s?-\s?(?=[A-Z])|[-*•–‣]\s*)")
-WORD = re.compile(r"[a-z0-9]+")
+DETERMINERS = frozenset(
+    "the a an left right both its his her their this proximal distal mid middle upper lower medial lateral anterior"
+    " posterior superior inferior visceral parietal outer inner unopacified adjacent".split()
+)
+SIDES = {"left": "left", "right": "right", "lt": "left", "rt": "right", "rul": "right", "rml": "right", "rll": "right",
+         "lul": "left", "lll": "left", "lingula": "left", "lingular": "left", "bilateral": "both", "bilaterally": "both",
+         "both": "both", "bibasilar": "both", "biapical": "both", "bibasal": "both"}  # fmt: skip
+MAX_HEADING = 60  # characters
+MAX_REACH = 6  # words between an adjective and the noun it shares
+LEVELS = re.compile(r"\b(c|t|th|d|l|s)\s?(\d{1,2})(?:\s?(?:-|/|to|through|and)\s?(?:(?:c|t|th|d|l|s)\s?)?(\d{1,2}))?\b")
+NUMBERS = re.compile(r"(\d{1,2})(?:st|nd|rd|th|\.)?(?:\s?(?:-|to|through)\s?(\d{1,2})(?:st|nd|rd|th|\.)?)?")
+NEAR_RIB = re.compile(
+    r"((?:\d{1,2}(?:st|nd|rd|th|\.)?[\s,\-]*(?:and|to|through|&)?\s*)+)(?:\w+\s){0,2}ribs?\b|\bribs?\s(?:#\s?)?((?:\d{1,2}(?!\s?[mc]m)[\s,\-]*(?:and|to|through)?\s*)+)"
+)
+PRONOUNS = frozenset(["it", "its", "they", "their", "them", "these", "this", "both", "those"])
+MIN_ENGLISH_WORDS, MIN_ENGLISH = 12, 0.12  # a report of so many words holds at least this share of English ones
+FUNCTION_WORDS = frozenset(
+    "the of and in is are no with was were for not to on or by at as be has have been there this that it an without"
+    " within both left right normal seen".split()
+)
+CACHED_SENTENCES = 20_000
+NODE_WORDS = frozenset(
+    ["and", "or", "nor", "enlarged", "pathological", "level", "region", "station", "chain", "perihilar", "hilum"]
+)
+PLACE_WORD = re.compile(r"\b(?:in|at|of|around|along|near|within|between|on|to|from|adjacent|surrounding)\b")
+HEADING = re.compile(rf"(?P<head>[^:.;!?\n]{{2,{MAX_HEADING}}}?)(?P<mark>:(?!\d)|\s[-–—]\s)")
+# A heading that names a region and no organ is no part of the sentence behind it.
+REGION_HEADING = re.compile(
+    r"^(?:ct (?:of )?)?(?:the )?(?:head|neck|head and neck|chest|thorax|abdomen|pelvis|abdomen (?:and|&) pelvis|abdomen/pelvis"
+    r"|chest/abdomen/pelvis|whole body|skeleton|other|others|miscellaneous)\s*:\s*(?=\S)",
+    re.IGNORECASE,
+)
+HEADING_WORDS = frozenset(
+    "the and or of a other left right both large great system structure organ tract gland area region".split()
+)
 
 
-@dataclass(frozen=True)
-class Lexicon:
-    """Terms by which sentences find their organs, and cues by which they are judged normal; data from a YAML file.
+PARTS_OF_ORGANS = frozenset(
+    ["tail", "head", "body", "wall", "margin", "dome", "pole", "border", "lobe", "apex", "base", "surface", "aspect", "edge",
+     "origin", "region", "part", "portion", "tip", "contour", "third", "end", "fundus", "side", "segment", "neck", "hilum"]
+)  # fmt: skip
+VESSELS = frozenset(["artery", "arterie", "vein", "venous", "arterial", "vessel"])
+
+
+class Mention(NamedTuple):
+    """A term in a sentence: words [first, last), places in the text, organs, and how it is meant."""
+
+    first: int
+    last: int
+    start: int
+    end: int
+    organs: frozenset[str]
+    kind: str  # "named", "weak", "landmark", "elsewhere", "ignored"
+
+
+class Analysis:
+    """One sentence by itself: its words, what they name, and what its clauses state.
 
     Attributes:
-        name, version: As the file says; they go into the manifest.
-        sha256: Of the file's bytes.
-        terms: organ -> terms that name it wherever they stand.
-        weak_terms: organ -> terms that mean it only where the sentence names nothing else.
-        elsewhere: Terms that name a place of no organ; they keep weak terms silent.
-        landmarks: Words in front of an organ that is named for orientation only ("adjacent to").
-        references: First words of a sentence that speaks of the one before.
-        cues: Regular expressions `unchanged`, `negations`, `negated_verbs`, `boundaries`, `normal`, `abnormal` and
-            `definite`; the file says in what order they act.
+        organs: Organs it names.
+        weak: Organs by weak terms.
+        landmarks: Organs named for orientation.
+        is_elsewhere: Whether it names a place of no organ.
     """
 
-    name: str
-    version: int
-    sha256: str
-    terms: dict[str, tuple[str, ...]]
-    weak_terms: dict[str, tuple[str, ...]]
-    elsewhere: tuple[str, ...]
-    landmarks: tuple[str, ...]
-    references: tuple[str, ...]
-    cues: dict[str, tuple[str, ...]]
+    def __init__(self, sentence: str, lexicon: Lexicon) -> None:
+        self.lexicon = lexicon
+        self.text = lexicon.spelled(fold(" ".join(sentence.split())))
+        self.located = lexicon.located_words(self.text)
+        self.words = [word for word, _, _ in self.located]
+        self.mentions = find_mentions(self.located, self.text, lexicon)
+        self.organs = self.of_kind("named")
+        self.weak = self.of_kind("weak")
+        self.landmarks = self.of_kind("landmark")
+        self.is_elsewhere = any(mention.kind == "elsewhere" for mention in self.mentions)
 
-    def check_covers(self, organs: Iterable[str]) -> None:
-        """Raise a ValueError for an organ that no term names: its captions would all be the normal one."""
-        for organ in organs:
-            if organ not in self.terms:
-                raise ValueError(
-                    f"the lexicon {self.name!r} has no terms for organ {organ!r}{nearest(organ, self.terms)}. Copy "
-                    f"hub_configs/lexicon/english.yaml, add the organ's terms, and give the file as --lexicon."
-                )
+    def of_kind(self, kind: str) -> frozenset[str]:
+        return frozenset(organ for mention in self.mentions if mention.kind == kind for organ in mention.organs)
 
     @cached_property
-    def entries(self) -> dict[str, list[tuple[tuple[str, ...], frozenset[str], bool]]]:
-        """First word -> [(words of a term, its organs, is_weak)], longest term first. No organ: a place elsewhere."""
-        organs_of: dict[tuple[tuple[str, ...], bool], set[str]] = {}
-        for terms, is_weak in ((self.terms, False), (self.weak_terms, True)):
-            for organ, phrases in terms.items():
-                for phrase in phrases:
-                    organs_of.setdefault((words_of(phrase), is_weak), set()).add(organ)
-        for phrase in self.elsewhere:
-            organs_of.setdefault((words_of(phrase), False), set())
-        table: dict[str, list[tuple[tuple[str, ...], frozenset[str], bool]]] = {}
-        for (words, is_weak), organs in organs_of.items():
-            table.setdefault(words[0], []).append((words, frozenset(organs), is_weak))
-        for entries in table.values():
-            entries.sort(key=lambda entry: (-len(entry[0]), entry[2]))
-        return table
+    def assertions(self) -> Assertions:
+        places = [(mention.start, mention.end) for mention in self.mentions if mention.kind in ("named", "elsewhere")]
+        return Assertions(self.text, places, self.lexicon)
 
     @cached_property
-    def landmark_words(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(words_of(phrase) for phrase in self.landmarks)
+    def nouns(self) -> frozenset[str]:
+        """Nouns of findings in it, by which later sentences refer to it."""
+        return frozenset(word for word in self.words if (word,) in self.lexicon.phrases["finding_nouns"])
 
     @cached_property
-    def reference_words(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(words_of(phrase) for phrase in self.references)
+    def definite_nouns(self) -> list[str]:
+        """Nouns of findings behind "the", "this" or "described": what was spoken of before."""
+        found = []
+        for place, word in enumerate(self.words):
+            if word in self.nouns:
+                before = self.words[max(0, place - 4) : place]
+                if any(
+                    one
+                    in ("the", "this", "these", "those", "described", "mentioned", "known", "aforementioned", "said")
+                    for one in before
+                ):
+                    found.append(word)
+        return found
 
     @cached_property
-    def patterns(self) -> dict[str, re.Pattern]:
-        """The cues as regular expressions over lower-case text.
+    def is_general(self) -> bool:
+        return bool(self.lexicon.general.search(self.text))
 
-        A negation reaches to the next boundary; a negated verb reaches back to the one before.
-        """
-        either = {name: "|".join(f"(?:{cue})" for cue in cues) for name, cues in self.cues.items()}
-        boundary = either["boundaries"]
-        before_boundary = rf"(?:(?!{boundary}).)*"
-        return {
-            "unchanged": re.compile(rf"\b(?:{either['unchanged']})\b"),
-            "negation": re.compile(rf"\b(?:{either['negations']})\b{before_boundary}"),
-            "negated_verb": re.compile(rf"^.*\b(?:{either['negated_verbs']})\b"),
-            "boundary": re.compile(boundary),
-            "normal": re.compile(rf"\b(?:{either['normal']})\b"),
-            "abnormal": re.compile(rf"\b(?:{either['abnormal']})"),
-            "definite": re.compile(rf"\b(?:{either['definite']})"),
-        }
-
-
-def load_lexicon(name_or_path: str) -> Lexicon:
-    """Read a lexicon: `english`, or a YAML file of the user's in the same form.
-
-    Raises:
-        ValueError: If there is no such file, or a part of it is missing or no list of texts.
-    """
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        path = LEXICONS / f"{name_or_path}.yaml"
-    if not path.is_file():
-        known = sorted(file.stem for file in LEXICONS.glob("*.yaml"))
-        raise ValueError(f"--lexicon {name_or_path!r} is neither a YAML file nor one of {known}.")
-    raw = path.read_bytes()
-    content = yaml.safe_load(raw)
-
-    def texts(value, place: str) -> tuple[str, ...]:
-        if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
-            raise ValueError(f"{path.name}: {place} must be a list of texts (put bare numbers and yes/no into quotes).")
-        return tuple(value)
-
-    try:
-        organs = content["organs"]
-        return Lexicon(
-            name=content["name"],
-            version=content["version"],
-            sha256=hashlib.sha256(raw).hexdigest(),
-            terms={organ: texts(entry["terms"], f"organs.{organ}.terms") for organ, entry in organs.items()},
-            weak_terms={
-                organ: texts(entry["weak"], f"organs.{organ}.weak")
-                for organ, entry in organs.items()
-                if "weak" in entry
-            },
-            elsewhere=texts(content["elsewhere"], "elsewhere"),
-            landmarks=texts(content["landmarks"], "landmarks"),
-            references=texts(content["references"], "references"),
-            cues={name: texts(cues, f"cues.{name}") for name, cues in content["cues"].items()},
+    @cached_property
+    def weak_beside_general(self) -> bool:
+        """Whether a weak term stands in a piece of its own, beside a general remark: "nodule, follow-up in a year"."""
+        return any(
+            not self.lexicon.general.search(self.assertions.text, piece.start, piece.end)
+            for mention in self.mentions
+            if mention.kind == "weak"
+            for piece in [self.assertions.pieces[self.assertions.piece_at(mention.start)]]
         )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path.name} is not in the form of hub_configs/lexicon/english.yaml: {error!r}.") from None
+
+    @cached_property
+    def refers_back(self) -> bool:
+        return starts_with(self.words, self.lexicon.phrases["references"])
+
+    @cached_property
+    def refers_inside(self) -> bool:
+        """Whether it points back further on: "an accessory one is seen at its hilum"."""
+        return any(word in ("its", "one") for word in self.words[1:])
+
+    @cached_property
+    def begins_with_pronoun(self) -> bool:
+        return bool(self.words) and self.words[0] in PRONOUNS
+
+    @cached_property
+    def says_attribute(self) -> bool:
+        """Whether it speaks of what every organ has, or of a side: only the organ before can be meant."""
+        joined = f" {' '.join(self.words)} "
+        return any(f" {' '.join(phrase)} " in joined for phrase in self.lexicon.phrases["attributes"]) or bool(
+            re.search(r" (?:on|in|at) (?:the |both )?(?:left|right|side|contralateral|opposite)", joined)
+        )
+
+    @cached_property
+    def has_finding(self) -> bool:
+        return Status.FINDING in self.assertions.statuses
+
+    @cached_property
+    def piece_sides(self) -> list[frozenset[str]]:
+        """Sides that each piece names."""
+        sides: list[set[str]] = [set() for _ in self.assertions.pieces]
+        for word, start, _ in self.located:
+            if word in SIDES:
+                sides[self.assertions.piece_at(start)].add(SIDES[word])
+        return [frozenset(found) for found in sides]
+
+    @cached_property
+    def levels(self) -> frozenset[tuple[str, int]]:
+        """Vertebrae by letter and number, spans filled."""
+        found = set()
+        for match in LEVELS.finditer(self.text):
+            letter = {"th": "t", "d": "t"}.get(match[1], match[1]).upper()
+            first, last = int(match[2]), int(match[3] or match[2])
+            found |= {(letter, number) for number in range(first, last + 1)} or {(letter, first), (letter, last)}
+        return frozenset(found)
+
+    @cached_property
+    def rib_numbers(self) -> frozenset[int]:
+        found: set[int] = set()
+        for match in NEAR_RIB.finditer(self.text):
+            for one in NUMBERS.finditer(match[1] or match[2]):
+                first, last = int(one[1]), int(one[2] or one[1])
+                if 1 <= first <= last <= 12:
+                    found |= set(range(first, last + 1))
+        return frozenset(found)
+
+    def pieces_about(self, organ: str) -> list[int]:
+        """Pieces that speak of an organ: those that name it, and those beside them that name no place of their own.
+
+        Without any such place every piece does.
+        """
+        naming = {
+            number
+            for mention in self.mentions
+            if organ in mention.organs and mention.kind == "named"
+            for number in self.assertions.pieces_at(mention.start, mention.end)
+        }
+        if not naming:
+            return [number for number, owner in enumerate(self.owners) if owner is None or not self.organs] or list(
+                range(len(self.assertions.pieces))
+            )
+        return [
+            number
+            for number, owner in enumerate(self.owners)
+            if number in naming or (owner is not None and owner in naming)
+        ]
+
+    @cached_property
+    def owners(self) -> list[int | None]:
+        """For each piece the piece whose place it speaks of: itself, else the one before, else the next."""
+        has_place = [False] * len(self.assertions.pieces)
+        for mention in self.mentions:
+            if mention.kind in ("named", "elsewhere"):
+                for number in self.assertions.pieces_at(mention.start, mention.end):
+                    has_place[number] = True
+        owners: list[int | None] = []
+        for number, placed in enumerate(has_place):
+            if placed:
+                owners.append(number)
+            else:
+                earlier = [other for other in range(number) if has_place[other]]
+                later = [other for other in range(number + 1, len(has_place)) if has_place[other]]
+                owners.append(earlier[-1] if earlier else later[0] if later else None)
+        return owners
+
+    def is_abnormal(self, organ: str) -> bool:
+        """Whether a clause about the organ states a finding (step 5)."""
+        numbers = self.pieces_about(organ)
+        statuses = [self.assertions.statuses[number] for number in numbers]
+        if Status.FINDING in statuses:
+            return True
+        for number, status in zip(numbers, statuses):
+            if status is Status.MEASURED and self.exceeds_limit(organ, number):
+                return True
+        if any(status in (Status.NORMAL, Status.DENIED, Status.NOT_EVALUATED, Status.MEASURED) for status in statuses):
+            return False
+        first = numbers[0] if numbers else 0
+        for status in reversed(self.assertions.statuses[:first]):  # "... and its tip is in the stomach"
+            if status not in (Status.NONE, Status.STATEMENT):
+                return status is Status.FINDING
+        return self.states_something
+
+    @cached_property
+    def states_something(self) -> bool:
+        """What a sentence without any cue says: something, unless the organ is only named or shown."""
+        return len(self.words) > 1 and not ONLY_SHOWN.search(self.text)
+
+    def exceeds_limit(self, organ: str, number: int) -> bool:
+        """Whether a piece gives a size above the organ's limit; the first limit whose words it holds counts."""
+        piece = self.assertions.pieces[number]
+        text = self.assertions.text[piece.start : piece.end]
+        sizes = self.assertions.sizes_mm(number)
+        for limit in self.lexicon.limits:
+            if (
+                limit.organ == organ
+                and all(word in self.text for word in limit.words)
+                and sizes
+                
+            ):
+                return max(sizes) > limit.above_mm
+        return False
+
+    def fits(self, part: Part) -> bool:
+        """Whether it speaks of a side, a part or a number of an organ, or of all of them."""
+        if part.side:
+            about = self.pieces_about(part.organ)
+            sides = frozenset().union(*(self.piece_sides[number] for number in about))
+            if sides and part.side not in sides and "both" not in sides:
+                return False
+        if part.part:
+            _, only, _ = self.lexicon.parts[part.part]
+            names = any(self.names_part(name) for name in (part.part,))
+            siblings = [
+                name for name, (organ, _, _) in self.lexicon.parts.items() if organ == part.organ and name != part.part
+            ]
+            if not names and (only or any(self.names_part(name) for name in siblings)):
+                return False
+        if part.number:
+            letters = [letter for letter, organ in self.lexicon.levels.items() if organ == part.organ]
+            if letters:
+                return not self.levels or (letters[0], part.number) in self.levels
+            return not self.rib_numbers or part.number in self.rib_numbers
+        return True
+
+    def names_part(self, name: str) -> bool:
+        joined = f" {' '.join(self.words)} "
+        return any(f" {' '.join(words)} " in joined for words in self.lexicon.part_words[name])
 
 
-def split_sentences(text: str) -> list[str]:
-    """Cut a section of a report into sentences, without list marks (step 1)."""
-    sentences = []
-    for line in list_items(text):
-        start = 0
-        for match in SENTENCE_END.finditer(line):
-            if ABBREVIATION.search(line[start : match.start()]):
-                continue
-            sentences.append(line[start : match.end()].strip())
-            start = match.end()
-        sentences.append(line[start:].strip())
-    return [sentence for sentence in sentences if WORD.search(sentence.lower())]
-
-
-def list_items(text: str) -> list[str]:
-    """Cut at lines and at the numbers of an enumeration, and take the list marks off."""
-    # A line that goes on in lower case was wrapped by an editor; it ends no sentence.
-    lines = re.split(r"\s*\n\s*(?=[^a-z\s])", text.strip())
-    items = []
-    for line in lines:
-        line = " ".join(line.split())
-        number = 1
-        # "1. ... 2. ..." on one line. Only while the numbers go up by one from the line's beginning: "is seen in
-        # segment 7. A second lesion" is no enumeration.
-        while (mark := LIST_MARK.match(line)) and mark[0].strip("(). -") == str(number):
-            number += 1
-            following = re.search(rf"(?<=[\s.;,?])\(?{number}\s?(?:[.)]\s*|-\s?)(?=[A-Z])", line[mark.end() :])
-            if following is None:
-                break
-            cut = mark.end() + following.start()
-            items.append(line[mark.end() : cut])
-            line = line[cut:]
-        items.append(LIST_MARK.sub("", line))
-    return items
-
-
-def words_of(text: str) -> tuple[str, ...]:
-    """Lower-case words with the plural taken off, the same way for terms and for text."""
-    return tuple(singular(word) for word in WORD.findall(text.lower()))
-
-
-def singular(word: str) -> str:
-    """Undo the regular English plural and the Latin -ae. A rough stem is enough: both sides are treated alike."""
-    if len(word) < 4 or word.endswith(("ss", "us", "is")):
-        return word
-    for plural, ending in (("ies", "y"), ("sses", "ss"), ("ches", "ch"), ("uses", "us"), ("ae", "a"), ("s", "")):
-        if word.endswith(plural):
-            return word.removesuffix(plural) + ending
-    return word
-
-
-@dataclass(frozen=True)
-class Mentions:
-    """What one sentence names: organs for certain, organs by weak terms, places of no organ."""
-
-    organs: frozenset[str]
-    weak: frozenset[str]
-    is_elsewhere: bool
-
-
-def find_mentions(words: Sequence[str], lexicon: Lexicon) -> Mentions:
+def find_mentions(located: Sequence[tuple[str, int, int]], text: str, lexicon: Lexicon) -> list[Mention]:
     """Compare the words of a sentence with the lexicon, the longest term first (steps 2 and 3)."""
-    named, landmarks, weak = set(), set(), set()
-    is_elsewhere = False
-    position = 0
-    while position < len(words):
-        for term, organs, is_weak in lexicon.entries.get(words[position], ()):
-            if tuple(words[position : position + len(term)]) == term:
-                if is_weak:
-                    weak |= organs
-                elif is_landmark(words[:position], lexicon):
-                    landmarks |= organs
-                else:
-                    named |= organs
-                    is_elsewhere = is_elsewhere or not organs
-                position += len(term)
-                break
-        else:
-            position += 1
-    # An organ named for orientation still counts where nothing else is named: better than to lose the sentence.
-    organs = named or (landmarks if not weak else named)
-    return Mentions(frozenset(organs), frozenset(weak), is_elsewhere)
+    words = [word for word, _, _ in located]
+    mentions: list[Mention] = []
+    place = 0
+    landmark_end = -1  # where a list of landmarks would go on
+    while place < len(words):
+        entry = longest_entry(words, place, lexicon)
+        if entry is None:
+            place += 1
+            continue
+        last = place + len(entry.words)
+        if entry.organs and not entry.is_weak:
+            entry = with_shared_head(words, place, last, entry, lexicon)
+        kind = "ignored" if entry.is_ignored else "weak" if entry.is_weak else "named" if entry.organs else "elsewhere"
+        if kind in ("named", "weak") and names_vessel(words, last, entry):
+            kind = "elsewhere"
+        if kind == "elsewhere" and words[place - 1 : place] == ["its"]:  # "at its hilum": of what was spoken of
+            kind = "ignored"
+        if kind in ("named", "elsewhere"):
+            between = [word for word in words[landmark_end:place] if word not in DETERMINERS]
+            goes_on = landmark_end >= 0 and (
+                between == ["of"]
+                or (between[-1:] in (["and"], ["or"]) and len(between) <= 2 and not between[0].endswith(("ing", "ed")))
+            )
+            if goes_on or is_landmark(words[:place], lexicon):
+                kind, landmark_end = "landmark", last
+            else:
+                landmark_end = -1
+        mentions.append(Mention(place, last, located[place][1], located[last - 1][2], entry.organs, kind))
+        place = last
+    return places_of_nodes(words, mentions, text, lexicon)
+
+
+def longest_entry(words: Sequence[str], place: int, lexicon: Lexicon) -> Entry | None:
+    for entry in lexicon.entries.get(words[place], ()):
+        if tuple(words[place : place + len(entry.words)]) == entry.words:
+            return entry
+    return None
+
+
+def with_shared_head(words: Sequence[str], place: int, last: int, entry: Entry, lexicon: Lexicon) -> Entry:
+    """The entry of an adjective with the noun it shares: "aortic" in "aortic and mitral valves" is the aortic valve."""
+    if last - place != 1 or last >= len(words):
+        return entry
+    heads = lexicon.phrases["shared_heads"]
+    has_conjunction = False
+    for other in range(last, min(len(words), last + MAX_REACH)):
+        word = words[other]
+        if (word,) in heads:
+            if has_conjunction:
+                found = longest_entry([words[place], word], 0, lexicon)
+                if found is not None and len(found.words) == 2:
+                    return found
+            return entry
+        if word in ("and", "or"):
+            has_conjunction = True
+        elif not (
+            word in DETERMINERS or word.endswith(("ic", "al", "ar", "ary", "id", "an")) or word in ("common", "main")
+        ):
+            return entry
+    return entry
+
+
+def names_vessel(words: Sequence[str], last: int, entry: Entry) -> bool:
+    """Whether an organ's name only tells which vessel is meant: "lower lobe segmental arteries"."""
+    if entry.organs & {"heart", "aorta"} or not (is_adjective(words[last - 1]) or words[last - 1] == "lobe"):
+        return False
+    if words[last - 1] in VESSELS or any(word in VESSELS for word in entry.words):
+        return False
+    for word in words[last : last + 4]:
+        if word in VESSELS:
+            return True
+        if not word.endswith(("ic", "al", "ar", "ary", "main")):
+            return False
+    return False
 
 
 def is_landmark(before: Sequence[str], lexicon: Lexicon) -> bool:
     """Whether the words in front of an organ make it a landmark: "adjacent to the left" kidney."""
     end = len(before)
-    while end and before[end - 1] in ("the", "a", "an", "left", "right", "both"):
+    while end and (before[end - 1] in DETERMINERS or (before[end - 1] == "of" and before[end - 2 : end - 1] != ["level"])):
+        if before[end - 1] == "of":  # "adjacent to the tail of the" pancreas
+            if end < 2 or before[end - 2] not in PARTS_OF_ORGANS:
+                break
+            end -= 1
         end -= 1
-    return any(
-        len(phrase) <= end and tuple(before[end - len(phrase) : end]) == phrase for phrase in lexicon.landmark_words
-    )
+    longest = max((len(phrase) for phrase in lexicon.phrases["landmarks"]), default=0)
+    for size in range(longest, 0, -1):
+        if size <= end and tuple(before[end - size : end]) in lexicon.phrases["landmarks"]:
+            earlier = before[max(0, end - size - 5) : end]
+            return not any((word,) in lexicon.phrases["landmark_exceptions"] for word in earlier)
+    return False
 
 
-def organs_of_sentences(sentences: Sequence[str], lexicon: Lexicon) -> list[frozenset[str]]:
-    """For every sentence of one section the organs it speaks of (steps 2 to 4)."""
-    result: list[frozenset[str]] = []
-    heading: frozenset[str] = frozenset()
-    for sentence in sentences:
-        words = words_of(sentence)
-        mentions = find_mentions(words, lexicon)
-        head, colon, _ = sentence.partition(":")
-        if colon and len(head) <= 40:  # "Liver: normal size. No focal lesion."
-            heading = find_mentions(words_of(head), lexicon).organs
-        refers_back = any(words[: len(phrase)] == phrase for phrase in lexicon.reference_words)
-        organs = mentions.organs
-        if not organs and not mentions.is_elsewhere:
-            organs = heading or (result[-1] if refers_back and result else frozenset()) or mentions.weak
-        result.append(organs)
+def places_of_nodes(words: Sequence[str], mentions: list[Mention], text: str, lexicon: Lexicon) -> list[Mention]:
+    """Organs that only say where a lymph node lies are landmarks: "perigastric nodes", "nodes in the hepatic hilum"."""
+    heads = lexicon.phrases["node_heads"]
+    nodes = [mention for mention in mentions if tuple(words[mention.first : mention.last]) in heads]
+    if not nodes:
+        return mentions
+    result = list(mentions)
+    for node in nodes:
+        for number, mention in enumerate(mentions):
+            if mention.kind not in ("named", "weak"):
+                continue
+            if mention.last <= node.first:
+                lies_there = all(is_adjective(word) for word in words[mention.last - 1 : node.first])
+            else:
+                lies_there = is_place_of_node(text[node.end : mention.start], text[mention.end : mention.end + 30])
+            if lies_there:
+                result[number] = mention._replace(kind="landmark")
     return result
 
 
+def is_adjective(word: str) -> bool:
+    return word in DETERMINERS or word in NODE_WORDS or word.endswith(("ic", "al", "ar", "id", "ary", "illa"))
+
+
+def is_place_of_node(between: str, after: str) -> bool:
+    """Whether an organ behind a lymph node says where it lies, by the words between and after."""
+    if re.search(r"[;:(]|\b(?:but|while|with|however|although)\b", between) or not PLACE_WORD.search(between):
+        return False
+    separated = re.search(r",|\band\b", between)
+    if not separated:
+        return True
+    has_verb = re.search(r"\b(?:is|are|was|were|has|have)\b", between)
+    begins_clause = re.match(
+        r"\W*(?:\w+\W+){0,2}?(?:is|are|was|were|appears?|has|have|shows?|normal|unremarkable|clear)\b", after
+    )
+    return not (begins_clause and (has_verb or "," in between))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A sentence, the organs it speaks of, and how sure that is.
+
+    Attributes:
+        is_sure: It names them; or it says nothing that an organ could miss.
+    """
+
+    text: str
+    organs: frozenset[str]
+    is_sure: bool
+    analysis: Analysis
+
+
+class Context:
+    """What has been said so far in a report: the ground on which sentences without a place are understood (step 4)."""
+
+    def __init__(self, lexicon: Lexicon, analyse) -> None:
+        self.lexicon, self.analyse = lexicon, analyse
+        self.last: frozenset[str] = frozenset()
+        self.heading: frozenset[str] | None = None
+        self.said_with: dict[str, list[frozenset[str]]] = {}
+
+    def begin_section(self) -> None:
+        self.last, self.heading = frozenset(), None
+
+    def place(self, sentence: Sentence) -> Placed | None:
+        """The organs of the next sentence; None for a heading, which says nothing by itself."""
+        if sentence.begins_block:
+            self.heading = None
+        text = sentence.text
+        if self.is_heading_line(sentence):
+            return None
+        analysis = self.analyse(text)
+        if (head := heading_of(text)) is not None:
+            named = self.analyse(head)
+            if named.organs or named.is_elsewhere or named.weak:
+                self.heading = named.organs or (frozenset() if named.is_elsewhere else named.weak)
+            else:
+                self.heading = None
+        organs, is_sure = self.organs_of(analysis)
+        if analysis.organs or analysis.is_elsewhere or organs or not analysis.is_general:
+            if not (analysis.is_general and not organs):
+                self.last = organs
+        for noun in analysis.nouns:
+            if organs or analysis.is_elsewhere:
+                self.said_with.setdefault(noun, []).append(organs)
+        return Placed(REGION_HEADING.sub("", text), organs, is_sure, analysis)
+
+    def is_heading_line(self, sentence: Sentence) -> bool:
+        """Take note of a line that is a heading: "LIVER:", "Lungs and pleura"."""
+        text = sentence.text
+        is_alone = text.endswith((":", " -", " –")) and len(text) <= MAX_HEADING
+        if not is_alone and not (sentence.is_line and len(text.split()) <= 8 and len(text) <= MAX_HEADING):
+            return False
+        named = self.analyse(text.rstrip(" :-–"))
+        if not is_alone:
+            patterns = self.lexicon.patterns
+            names = {place for mention in named.mentions for place in range(mention.first, mention.last)}
+            others = [
+                word for place, word in enumerate(named.words) if place not in names and word not in HEADING_WORDS
+            ]
+            if (
+                others
+                or not named.mentions
+                or any(patterns[cue].search(named.text) for cue in ("abnormal", "definite", "normal"))
+            ):
+                return False
+        if named.organs or named.is_elsewhere or named.weak:
+            self.heading = named.organs or (frozenset() if named.is_elsewhere else named.weak)
+        else:
+            self.heading = None
+        self.last = self.heading or frozenset()
+        return True
+
+    def organs_of(self, analysis: Analysis) -> tuple[frozenset[str], bool]:
+        """Organs of a sentence, and whether they are sure."""
+        if analysis.organs:
+            if analysis.begins_with_pronoun and not analysis.is_general and self.last:
+                return analysis.organs | (
+                    self.last if analysis.words[0] in ("it", "its", "they") else frozenset()
+                ), True
+            return analysis.organs, True
+        if analysis.is_elsewhere:
+            refers = analysis.words[:1] in (["it"], ["its"], ["they"]) and not analysis.is_general
+            return (self.last, False) if refers else (frozenset(), True)
+        if self.heading is not None:
+            return (analysis.weak & self.heading) or self.heading, True
+        for noun in analysis.definite_nouns:
+            if (said := self.lookup(noun, analysis)) is not None:
+                return said, False
+        if analysis.is_general and not analysis.weak_beside_general:
+            return frozenset(), True
+        if analysis.refers_back and not analysis.is_general:
+            if not (analysis.weak and not self.last):
+                paired = self.last & self.lexicon.paired
+                return (paired if paired and any(analysis.piece_sides) else self.last), not analysis.has_finding
+        if analysis.refers_inside and not analysis.is_general and self.last:
+            return self.last, False
+        if analysis.weak:
+            shared = analysis.weak & self.last
+            return shared or analysis.weak, bool(shared)
+        if analysis.says_attribute and self.last and not analysis.is_general:
+            return self.last, False
+        return frozenset(), not (analysis.has_finding or analysis.landmarks)
+
+    def lookup(self, noun: str, analysis: Analysis) -> frozenset[str] | None:
+        """Organs of the last sentence with this noun; with a side, of the last one about a paired organ."""
+        said = self.said_with.get(noun)
+        if not said:
+            return None
+        if any(analysis.piece_sides):
+            paired = [organs for organs in said if organs & self.lexicon.paired]
+            if paired:
+                return paired[-1]
+        return said[-1]
+
+    def recall(self, placed: Placed) -> Placed:
+        """An impression's sentence without a place has that of the findings' sentences with the same nouns."""
+        analysis = placed.analysis
+        if analysis.is_general or analysis.organs or analysis.is_elsewhere or (placed.organs and not placed.organs <= analysis.weak):
+            return placed
+        said = [organs for noun in sorted(analysis.nouns) for organs in self.said_with.get(noun, [])]
+        if not said:
+            return placed
+        different = set(said)
+        if placed.organs:  # by a weak term alone: kept where the findings agree
+            return (
+                placed
+                if any(placed.organs & organs for organs in different)
+                else Placed(placed.text, frozenset(), False, analysis)
+            )
+        organs = different.pop() if len(different) == 1 else frozenset()
+        return Placed(placed.text, organs, False, analysis)
+
+
+def heading_of(sentence: str) -> str | None:
+    """What stands before the colon of "LIVER: normal." or the dash of "Lungs - clear.", if it is short."""
+    match = HEADING.match(sentence)
+    if match is None:
+        return None
+    if match["mark"].strip() != ":" and (not match["head"][:1].isupper() or len(match["head"].split()) > 5):
+        return None
+    return match["head"]
+
+
+def place_sentences(
+    findings: Iterable[Sentence], impression: Iterable[Sentence], lexicon: Lexicon
+) -> tuple[list[Placed], list[Placed]]:
+    """The sentences of both sections with their organs (steps 2 to 4); findings first, the impression refers to them."""
+    context = Context(lexicon, cached_analysis(lexicon))
+    of_findings = [placed for sentence in findings if (placed := context.place(sentence))]
+    told = {noun: list(said) for noun, said in context.said_with.items()}
+    context.begin_section()
+    context.said_with = {}
+    of_impression = []
+    for sentence in impression:
+        placed = context.place(sentence)
+        if placed is not None:
+            earlier, context.said_with = context.said_with, told
+            placed = context.recall(placed)
+            context.said_with = earlier
+            of_impression.append(placed)
+    return of_findings, of_impression
+
+
+def cached_analysis(lexicon: Lexicon):
+    """`Analysis` of a sentence, kept for the sentences that reports repeat."""
+    kept = lexicon.kept_analyses
+
+    def analyse(text: str) -> Analysis:
+        found = kept.get(text)
+        if found is None:
+            if len(kept) >= CACHED_SENTENCES:
+                kept.clear()
+            found = Analysis(text, lexicon)
+            if len(text) < 300:
+                kept[text] = found
+        return found
+
+    return analyse
+
+
+def organs_of_sentences(sentences: Sequence[str], lexicon: Lexicon) -> list[frozenset[str]]:
+    """For every sentence of one section the organs it speaks of (steps 2 to 4); none for a heading."""
+    context = Context(lexicon, cached_analysis(lexicon))
+    found = []
+    for text in sentences:
+        placed = context.place(Sentence(text, False, False, True))
+        found.append(frozenset() if placed is None else placed.organs)
+    return found
+
+
 def is_abnormal_sentence(sentence: str, lexicon: Lexicon) -> bool:
-    """Whether a sentence states a finding (step 5)."""
-    patterns = lexicon.patterns
-    text = patterns["unchanged"].sub(" ", " ".join(sentence.lower().split()))  # "no change" denies no finding
-    remaining, num_negated = patterns["negation"].subn(" ", text)
-    # A negated verb speaks for its own clause alone.
-    clauses, kept = patterns["boundary"].split(remaining), []
-    for clause in clauses:
-        rest, count = patterns["negated_verb"].subn(" ", clause or "")
-        num_negated += count
-        kept.append(rest)
-    remaining = " ; ".join(kept)
-    if patterns["definite"].search(remaining):
+    """Whether a sentence states a finding, whatever it is about (step 5)."""
+    assertions = judge_sentence(sentence, lexicon)
+    if Status.FINDING in assertions.statuses:
         return True
-    if patterns["abnormal"].search(patterns["normal"].sub(" ", remaining)):
+    said = (Status.NORMAL, Status.DENIED, Status.NOT_EVALUATED, Status.MEASURED)
+    return not any(status in said for status in assertions.statuses) and bool(WORD.search(assertions.text))
+
+
+def is_english(text: str, lexicon: Lexicon) -> bool:
+    """Whether a text of some length holds enough English words."""
+    words = WORD.findall(fold(text[:5000]))
+    if len(words) < MIN_ENGLISH_WORDS:
         return True
-    return not (num_negated or patterns["normal"].search(text))
+    return sum(word in FUNCTION_WORDS for word in words) + 0.5 * sum(
+        word in lexicon.common_words for word in words
+    ) >= MIN_ENGLISH * len(words)
+
+
+def decompose_report(
+    findings: str,
+    impression: str,
+    organs: Sequence[str],
+    lexicon: Lexicon,
+    report_id: str = "",
+    rules=None,
+) -> Decomposition:
+    """Split a report by organ, and tell what is uncertain and what was wrong with the text.
+
+    Args:
+        organs: Organs wanted. Only those that the report speaks of appear, in that order.
+        rules: Rules of findings (`report_labels.load_finding_rules`), for the labels; None: no labels.
+    """
+    findings, notes = clean(findings)
+    impression, more = clean(impression)
+    notes.update(more)
+    if not (findings.strip() or impression.strip()):
+        notes["empty"] = 1
+        return Decomposition(report_id, {}, notes=dict(notes))
+    if not is_english(f"{findings} {impression}", lexicon):
+        notes["not_english"] = 1
+        return Decomposition(report_id, {}, notes=dict(notes))
+    sentences = report_sentences(findings, impression)
+    of_findings, of_impression = place_sentences(sentences.findings, sentences.impression, lexicon)
+    texts = {}
+    for organ in organs:
+        parts = lexicon.resolve(organ)
+        said, is_abnormal = [], False
+        for section in (of_impression, of_findings):
+            spoken = [
+                (placed, about)
+                for placed in section
+                if (about := [part for part in parts if part.organ in placed.organs and placed.analysis.fits(part)])
+            ]
+            said.append(tuple(placed.text for placed, _ in spoken))
+            is_abnormal = is_abnormal or any(
+                placed.analysis.is_abnormal(part.organ) for placed, about in spoken for part in about
+            )
+        if any(said):
+            texts[organ] = OrganText(said[0], said[1], is_abnormal)
+    uncertain = tuple(placed.text for placed in (*of_findings, *of_impression) if not placed.is_sure)
+    labels: Labels | None = None
+    if rules is not None:
+        labels = rules.label([*of_impression, *of_findings])
+    return Decomposition(report_id, texts, labels=labels, uncertain_sentences=uncertain, notes=dict(notes))
 
 
 def decompose(findings: str, impression: str, organs: Sequence[str], lexicon: Lexicon) -> dict[str, OrganText]:
     """Split a report by organ. Only organs of `organs` that the report speaks of appear, in that order."""
-    by_section = []
-    for text in (impression, findings):
-        sentences = split_sentences(text)
-        by_section.append(list(zip(sentences, organs_of_sentences(sentences, lexicon))))
-    result = {}
-    for organ in organs:
-        impression_sentences, findings_sentences = (
-            tuple(sentence for sentence, named in section if organ in named) for section in by_section
-        )
-        spoken = impression_sentences + findings_sentences
-        if spoken:
-            is_abnormal = any(is_abnormal_sentence(sentence, lexicon) for sentence in spoken)
-            result[organ] = OrganText(impression_sentences, findings_sentences, is_abnormal)
-    return result
+    return decompose_report(findings, impression, organs, lexicon).organs
 
 
 def caption_rows(
