@@ -86,6 +86,7 @@ def test_corrections_arrive(tmp_path, rows):
     rows[6]["organ"] = rows[6]["abnormal"] = ""  # taken away
     del rows[4]
     rows[-2] |= {"organ": "lung", "abnormal": "no"}  # of r2
+    rows.reverse()  # the numbers tell the order, whatever the sheet was sorted by
     corrected, num_left = read_correction_csv(save(tmp_path / "c.csv", rows), [ENTRY, OTHER], ORGANS)
     assert num_left == 0 and [entry["corrected"] for entry in corrected] == [True, True]
     assert corrected[0]["organs"] == {
