@@ -23,9 +23,12 @@ from evaluation_fvlm.errors import EvaluationError
 COMMANDS = {
     "score": ("score_command", "a CSV of scores and one of labels -> figures with intervals, calibration, thresholds"),
     "compare": ("compare_command", "two CSVs of scores on the same cases -> differences, DeLong's test, bootstrap"),
-    "retrieval": ("retrieval", "embeddings -> report to volume and back, R@k, median rank, MRR, chance beside"),
-    "probe": ("probes", "embeddings and labels -> linear probe and nearest neighbours"),
-    "diagnostics": ("diagnostics", "embeddings -> alignment, uniformity, effective rank, modality gap, text collapse"),
+    "retrieval": ("retrieval_command", "embeddings -> report to volume and back, R@k, median rank, MRR, chance beside"),
+    "probe": ("probe_command", "embeddings and labels -> linear probe and nearest neighbours"),
+    "diagnostics": (
+        "diagnostics_command",
+        "embeddings -> alignment, uniformity, effective rank, modality gap, text collapse",
+    ),
     "attention": ("attention", "a model and a scan -> where every organ's query looks, as NIfTI and pictures"),
     "lesion_attention": (
         "lesion_attention",

@@ -96,13 +96,18 @@ def probe(
         num_neighbours=num_neighbours,
     )
     protocol = protocol or Protocol(level="reconstruction", num_folds=num_folds, seed=seed)
+    chosen = f"C = {strengths[0]:g}"
+    if len(strengths) > 1:
+        chosen = f"C of {list(strengths)} chosen on a training fold by AUC"
+    in_words = {
+        "linear": f"logistic regression on standardised embeddings, {chosen}",
+        "knn": f"{num_neighbours} nearest by cosine, weighing exp(cosine / {NEIGHBOUR_TEMPERATURE})",
+    }
     result: dict = {
         "settings": {
             "features": "embedding of the finding's organ" if task is not None else embeddings.volume_pooling,
             "folds": f"{num_folds} folds of patients, seed {seed}",
-            "linear": f"logistic regression on standardised embeddings, C of {list(strengths)} chosen on a training "
-            "fold by AUC",
-            "knn": f"{num_neighbours} nearest by cosine, weighing exp(cosine / {NEIGHBOUR_TEMPERATURE})",
+            **{kind: in_words[kind] for kind in kinds},
         },
         "reasons": scores.reasons,
         "strengths": scores.strengths if "linear" in kinds else None,
