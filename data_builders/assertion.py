@@ -40,6 +40,10 @@ STATE_AT_END = re.compile(
     r"|collapsed|heterogeneous|increased|decreased|small)\W*$"
 )
 PREPOSITION = re.compile(r"\b(?:in|at|on|within|of|along|throughout)\b")
+NONE_BEHIND_COLON = re.compile(
+    r":\s*(?:none|absent|nil|negative|no|not (?:seen|present|identified|observed|detected))(?: (?:seen|present|identified|enlarged))?\s*(?=[.;,]|$)"
+)
+DEVICE = re.compile(r"\b(?:tube|catheter|drain|line|stent|cannula|lead|pacemaker|wire|port|device|filter|clip|pigtail)s?\b")
 SIZE = re.compile(
     r"(\d+(?:[.,]\d+)?)\s?(?:x\s?(\d+(?:[.,]\d+)?)\s?)?(?:x\s?(\d+(?:[.,]\d+)?)\s?)?(mm|cm|millimet|centimet)"
 )
@@ -169,7 +173,14 @@ class Assertions:
             said = self.work[start : match.start()]
             if match[0].endswith("absent") and not self.patterns["abnormal"].search(said):
                 continue  # "the left kidney is absent" denies nothing
+            if match[0].endswith("removed") and not DEVICE.search(said):
+                continue  # nor does "the right lung has been removed"
             self.denied.append((start, match.end()))
+        for match in NONE_BEHIND_COLON.finditer(self.work):  # "Pericardial effusion: none"
+            number = self.piece_at(match.start() - 1)
+            while number and not self.pieces[number - 1].is_firm:
+                number -= 1
+            self.denied.append((self.pieces[number].start, match.end()))
         self.denied.sort()
 
     def reach_forward(self, match: re.Match) -> int:
@@ -276,7 +287,8 @@ class Assertions:
             place = self.first_place(following)
             says = following.predicate if following.status is not Status.NONE else None
             is_list = following.status is Status.NONE and statuses[number + 1] is not Status.NONE
-            if is_list or (says is not None and place is not None and place < says):
+            relative = re.match(r"(?:which|that|who)\b", self.text[following.start : following.end])
+            if is_list or relative or (says is not None and place is not None and place < says):
                 statuses[number] = statuses[number + 1]
         for number, piece in enumerate(self.pieces[:-1]):  # "liver, spleen, pancreas: normal"
             if statuses[number] is Status.NONE and self.text[piece.end : piece.end + 1] == ":":

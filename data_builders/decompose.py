@@ -22,7 +22,7 @@ from modeling_fvlm.captions import compose_caption, is_abnormal_caption
 from .assertion import MEASURE, ONLY_SHOWN, Assertions, Status, judge_sentence
 from .cases import OrganText
 from .decomposition import Decomposition, Labels
-from .lexicon import WORD, Entry, Lexicon, Part, fold, load_lexicon, starts_with
+from .lexicon import WORD, Entry, Lexicon, Part, american, fold, load_lexicon, singular, starts_with
 from .report_sentences import Sentence, clean, report_sentences, split_sentences
 
 __all__ = [
@@ -66,6 +66,15 @@ REGION_HEADING = re.compile(
     r"^(?:ct (?:of )?)?(?:the )?(?:head|neck|head and neck|chest|thorax|abdomen|pelvis|abdomen (?:and|&) pelvis|abdomen/pelvis"
     r"|chest/abdomen/pelvis|whole body|skeleton|other|others|miscellaneous)\s*:\s*(?=\S)",
     re.IGNORECASE,
+)
+SUBJECT = re.compile(
+    r"(?:the|this|these|those)\s(?:(?:\w|-)+\s){0,4}?(?P<noun>\w+)\s(?P<verb>(?:also |again |now |further )?(?:is|are|was|were|has|have|extend|"
+    r"invad|abut|compress|displac|reach|lie|encas|involv|contact|infiltrat|measur|appear|show|contain|caus|cross|demonstrat"
+    r"|arise|protrud|obstruct|remain|surround|exert)\w*)"
+)
+RELATION = re.compile(
+    r"(?:also |again |now |further )?(?:extend|invad|abut|compress|displac|reach|encas|involv|contact|infiltrat|cross|protrud"
+    r"|obstruct|surround|exert|caus)"
 )
 HEADING_WORDS = frozenset(
     "the and or of a other left right both large great system structure organ tract gland area region".split()
@@ -138,6 +147,21 @@ class Analysis:
                 ):
                     found.append(word)
         return found
+
+    @cached_property
+    def subject_spoken_of(self) -> str | None:
+        """The noun of "The mass extends ...": what was spoken of before and is the subject here."""
+        match = SUBJECT.match(self.text)
+        if match is None:
+            return None
+        noun = american(singular(match["noun"]))
+        return noun if noun in self.nouns else None
+
+    @cached_property
+    def relates(self) -> bool:
+        """Whether that subject is brought into relation with what else is named: "invades the liver"."""
+        match = SUBJECT.match(self.text)
+        return bool(match and RELATION.match(match["verb"]))
 
     @cached_property
     def is_general(self) -> bool:
@@ -520,13 +544,19 @@ class Context:
 
     def organs_of(self, analysis: Analysis) -> tuple[frozenset[str], bool]:
         """Organs of a sentence, and whether they are sure."""
+        subject = analysis.subject_spoken_of
+        referred = self.lookup(subject, analysis) if subject else None
         if analysis.organs:
+            if referred and analysis.relates:
+                return analysis.organs | referred, True
             if analysis.begins_with_pronoun and not analysis.is_general and self.last:
                 return analysis.organs | (
                     self.last if analysis.words[0] in ("it", "its", "they") else frozenset()
                 ), True
             return analysis.organs, True
         if analysis.is_elsewhere:
+            if referred:
+                return referred, False
             refers = analysis.words[:1] in (["it"], ["its"], ["they"]) and not analysis.is_general
             return (self.last, False) if refers else (frozenset(), True)
         if self.heading is not None:
