@@ -57,15 +57,14 @@ def test_gold_sentences_stand_in_their_section(reports):
 
 
 def test_gold_sentences_are_whole(reports):
-    """A gold sentence starts at the start of a sentence, a line or a list mark, and stops where one stops."""
+    """A gold sentence starts at the start of a sentence, a line or a list mark, and stops where one of these stops."""
+    starts, stops = r"(?:^|\n|[.?!:]\s)\s*(?:[\w(]{1,3}[.)]{1,2}\s+|[-•]\s+)?", r"\s*(?:\n|$)"
     for report in reports:
         for section in SECTIONS:
-            text = words(report[section])
             for sentence in {sentence for said in report["organs"].values() for sentence in said[section]}:
-                before, _, after = text.partition(sentence)
-                assert not before or re.search(r"[.?!:\dl)•-]\s$|[A-Z]{3,}\s$", before), (report["id"], sentence)
-                assert re.search(r"[.?!:]$", sentence), (report["id"], sentence)
-                assert not after or after.startswith(" "), (report["id"], sentence, after[:20])
+                body = r"\s+".join(map(re.escape, sentence.split()))
+                end = r"(?=\s|$)" if re.search(r"[.?!:]$", sentence) else stops
+                assert re.search(starts + body + end, report[section]), (report["id"], sentence)
 
 
 def test_the_halves_share_no_long_sentence():
