@@ -35,6 +35,7 @@ COMMANDS = {
     "merge": ("merge", "finish a split whose shards were built by several tasks (--shard i/n)"),
     "cache": ("cache", "a processed split -> memory-mapped Arrow files, for speed in training"),
     "inspect": ("inspection", "what lies in a processed split, and what looks wrong with it"),
+    "decompose": ("decompose_command", "reports -> sentences by organ, by rules or a language model"),
     "decompose-score": ("decompose_score", "how good a split of reports by organ is, against gold"),
     "decompose-agree": ("decompose_agreement", "Cohen's kappa of two splits of the same reports by organ"),
     "report-page": ("report_page", "a split of reports by organ -> HTML page with the organs in colour"),

@@ -1,0 +1,398 @@
+"""Reports -> sentences by organ: rules on this machine, a language model, or both.
+
+A CSV (columns id, findings, impression) or JSON of reports, 24 organs, two processes:
+    python -m data_builders decompose --reports reports.csv --organs body_24 --out split.json --workers 2
+
+CT-RATE's reports as they come, with labels of its 18 findings, in the files of the published release:
+    python -m data_builders decompose --reports train_reports.csv --organs chest_4 --labels ct_rate_18 --out split
+    python -m data_builders decompose --reports train_reports.csv --organs chest_4 --format published --out captions
+
+Only what the rules are not certain of goes to a model on this machine:
+    python -m data_builders decompose --reports reports.csv --organs body_24 --out split.json --method hybrid
+        --llm_url http://localhost:8000/v1
+
+How good the result is: decompose-score; to look at it: report-page; to correct it by hand: --format csv, then correct.
+Rules need no network, give the same result each time, and take some milliseconds a report.
+"""
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from modeling_fvlm.organs import load_organ_set
+
+from .cases import counted, nearest
+from .decompose import decompose_report
+from .decomposition import Decomposition
+from .folder_reports import WORKBOOK_BEGINNINGS, WORKBOOK_ENDINGS, read_json, separator_of
+from .lexicon import Lexicon, load_lexicon
+from .llm_options import add_llm_arguments, check_llm_arguments, open_llm
+from .report_labels import FindingRules, load_finding_rules
+from .shards import replace_durably
+from .summary import console
+
+# Ours -> how releases call it.
+NAMES = {
+    "id": ("id", "VolumeName", "scan_id", "report_id", "study id", "AccessionNo"),
+    "findings": ("findings", "Findings_EN", "Findings", "report", "report_text", "text"),
+    "impression": ("impression", "Impressions_EN", "Impression", "Conclusion", "conclusion"),
+}
+NOT_GIVEN = ("not given.", "not given", "nan", "none given.")
+CHUNK = 32  # reports that go to a process at once
+BEGINNING = 1 << 16
+FORMATS = ("json", "published", "csv")
+NOTES = {
+    "empty": "without text",
+    "not_english": "not English, as far as can be told: no sentence of theirs was given to an organ",
+    "html": "with HTML, which was taken out",
+    "control_characters": "with control characters, which were taken out",
+}
+
+
+class TextReport(NamedTuple):
+    """A report as it was read."""
+
+    id: str
+    findings: str
+    impression: str
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Reports of a file, read anew by each walk over them; of a CSV or JSON lines one at a time is in memory."""
+
+    path: Path
+    columns: Mapping[str, str]
+
+    def __iter__(self) -> Iterator[TextReport]:
+        seen: set[str] = set()
+        for name, row in self.rows():
+            texts = [as_text(row.get(self.columns[key]), self.path, name, key) for key in ("findings", "impression")]
+            if name in seen:
+                raise ValueError(f"{self.path.name}: the id {name!r} comes twice; a report needs its own.")
+            seen.add(name)
+            yield TextReport(name, *texts)
+
+    def rows(self) -> Iterator[tuple[str, Mapping[str, object]]]:
+        ending = self.path.suffix.lower()
+        if ending == ".json":
+            yield from read_json(self.path).items()
+        elif ending == ".jsonl":
+            with self.path.open(encoding="utf-8-sig") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield self.of_line(line, number)
+        else:
+            yield from self.of_csv()
+
+    def of_line(self, line: str, number: int) -> tuple[str, Mapping[str, object]]:
+        try:
+            row = json.loads(line)
+            return str(row[self.columns["id"]]), row
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(
+                f'{self.path.name}, line {number} is not of the form {{"id", "findings", "impression"}}.'
+            ) from None
+
+    def of_csv(self) -> Iterator[tuple[str, Mapping[str, object]]]:
+        csv.field_size_limit(2**27)  # a report may be longer than the 131,072 characters csv allows
+        reader = None
+        try:
+            with self.path.open(newline="", encoding="utf-8-sig") as file:
+                separator = separator_of(file.read(BEGINNING))
+                file.seek(0)
+                reader = csv.DictReader((line.replace("\0", " ") for line in file), delimiter=separator)
+                reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+                for row in reader:
+                    yield (row[self.columns["id"]] or "").strip() or f"line {reader.line_num}", row
+        except UnicodeDecodeError as error:
+            line = 0 if reader is None else reader.line_num
+            raise ValueError(f"{self.path.name} is not UTF-8 after line {line} ({error}); save it as UTF-8.") from None
+        except csv.Error as error:
+            raise ValueError(f"{self.path.name}, line {reader.line_num}: {error}.") from None
+
+
+def as_text(value: object, path: Path, name: str, key: str) -> str:
+    """A cell as text; the words for an empty one are none."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{path.name}, {name}: {key!r} is no text, but a {type(value).__name__}.")
+    return "" if value.strip().lower() in NOT_GIVEN else value
+
+
+def open_reports(path: Path, columns: Sequence[str]) -> Reports:
+    """The reports of a file, under our names.
+
+    Args:
+        columns: OURS=YOURS of `--columns`.
+
+    Raises:
+        ValueError: If there is no such file, it is a workbook, or a column is missing.
+    """
+    if not path.is_file():
+        raise ValueError(f"--reports: there is no file {path}.")
+    with path.open("rb") as file:
+        beginning = file.read(8)
+    if path.suffix.lower() in WORKBOOK_ENDINGS or beginning.startswith(WORKBOOK_BEGINNINGS):
+        raise ValueError(
+            f"{path.name} is a workbook, not a CSV. Open it in the spreadsheet program, save the sheet as "
+            "'CSV UTF-8 (comma delimited)', and give that file."
+        )
+    renamed = {}
+    for pair in (pair for argument in columns for pair in argument.split(",")):
+        ours, equals, theirs = pair.partition("=")
+        if not equals or not theirs or ours not in NAMES:
+            raise ValueError(f"--columns {pair!r} is not OURS=YOURS with OURS one of {list(NAMES)}{nearest(ours, NAMES)}.")
+        renamed[ours] = theirs
+    if path.suffix.lower() in (".json", ".jsonl"):
+        return Reports(path, {ours: renamed.get(ours, ours) for ours in NAMES})
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        text = file.read(BEGINNING)
+    present = [name.strip() for name in next(csv.reader(text.splitlines(), delimiter=separator_of(text)), [])]
+    chosen = {}
+    for ours, theirs in NAMES.items():
+        wanted = (renamed[ours],) if ours in renamed else theirs
+        chosen[ours] = next((name for name in wanted if name in present), "")
+        if not chosen[ours] and (ours in renamed or ours == "id"):
+            raise ValueError(
+                f"{path.name} has no column {wanted[0]!r}; it has {present[:20]}{nearest(wanted[0], present)}. "
+                f"Say which it is with --columns {ours}=..."
+            )
+    if not (chosen["findings"] or chosen["impression"]):
+        raise ValueError(
+            f"{path.name} has no column findings or impression; it has {present[:20]}{nearest('findings', present)}. "
+            "Say which it is with --columns findings=..."
+        )
+    return Reports(path, chosen)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules, ready for a report."""
+
+    organs: tuple[str, ...]
+    lexicon: Lexicon
+    finding_rules: FindingRules | None
+
+    def __call__(self, report: TextReport) -> Decomposition:
+        return decompose_report(
+            report.findings, report.impression, self.organs, self.lexicon, report.id, self.finding_rules
+        )
+
+
+_rules: Rules | None = None  # of a worker process
+
+
+def _begin_worker(rules: Rules) -> None:
+    global _rules
+    _rules = rules
+
+
+def _work(reports: list[TextReport]) -> list[Decomposition]:
+    assert _rules is not None
+    return [_rules(report) for report in reports]
+
+
+def decompose_reports(reports: Iterable[TextReport], rules: Rules, workers: int) -> Iterator[tuple[TextReport, Decomposition]]:
+    """Every report with its decomposition, in their order; a few chunks are in memory."""
+    if workers == 1:
+        for report in reports:
+            yield report, rules(report)
+        return
+    source = iter(reports)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _begin_worker, (rules,)) as pool:
+        pending: deque = deque()
+        while chunk := list(islice(source, CHUNK)):
+            pending.append((chunk, pool.submit(_work, chunk)))
+            if len(pending) > 3 * workers:
+                done, future = pending.popleft()
+                yield from zip(done, future.result(), strict=True)
+        for done, future in pending:
+            yield from zip(done, future.result(), strict=True)
+
+
+@dataclass
+class Tally:
+    """What came of the reports."""
+
+    reports: int = 0
+    sentences: int = 0
+    uncertain: int = 0
+    notes: Counter = None  # type: ignore[assignment]
+    spoken: Counter = None  # type: ignore[assignment]
+    abnormal: Counter = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.notes, self.spoken, self.abnormal = Counter(), Counter(), Counter()
+
+    def add(self, decomposition: Decomposition) -> None:
+        self.reports += 1
+        self.uncertain += bool(decomposition.uncertain_sentences)
+        self.notes.update(decomposition.notes.keys())
+        for organ, text in decomposition.organs.items():
+            self.sentences += len(text.findings) + len(text.impression)
+            self.spoken[organ] += 1
+            self.abnormal[organ] += text.is_abnormal
+
+    def lines(self, organs: Sequence[str], seconds: float) -> Iterator[str]:
+        yield (
+            f"{counted(self.reports, 'report')} in {seconds:.1f} s: {self.sentences:,} sentences for "
+            f"{len(organs)} organs; {counted(self.uncertain, 'report')} with a sentence whose place is a guess"
+        )
+        for note, number in sorted(self.notes.items()):
+            yield f"  {counted(number, 'report')} {NOTES.get(note, note)}"
+        if self.reports:
+            shown = ", ".join(
+                f"{organ} {self.spoken[organ]:,} ({self.abnormal[organ]:,} abnormal)" for organ in organs if self.spoken[organ]
+            )
+            yield f"  spoken of: {shown or 'no organ of the set'}"
+        silent = [organ for organ in organs if not self.spoken[organ]]
+        if silent and self.reports >= 20:
+            yield f"  in no report: {', '.join(silent)}"
+
+
+def entries_of(
+    pairs: Iterable[tuple[TextReport, Decomposition]], tally: Tally
+) -> Iterator[dict]:
+    """As they are written: with the texts, so that the file can be looked at, scored and corrected by itself."""
+    for report, decomposition in pairs:
+        tally.add(decomposition)
+        content = decomposition.to_json()
+        yield {"id": content.pop("id"), "findings": report.findings, "impression": report.impression, **content}
+
+
+def write_json(path: Path, entries: Iterable[Mapping]) -> None:
+    """Entry by entry: no more than one is in memory. A list, or one line each where the name ends in .jsonl."""
+    is_lines = path.suffix == ".jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="\n", errors="backslashreplace") as file:
+            is_first = True
+            for entry in entries:
+                text = json.dumps(entry, ensure_ascii=False)
+                file.write(text + "\n" if is_lines else f"{'[' if is_first else ','}\n{text}")
+                is_first = False
+            if not is_lines:
+                file.write("[]\n" if is_first else "\n]\n")
+        replace_durably(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write(out: Path, form: str, entries: Iterable[Mapping], organs: Sequence[str]) -> str:
+    """Write the entries in one of `FORMATS`; what to tell of it."""
+    if form == "published":
+        from .published_form import write_published
+
+        written = write_published(out, entries)
+        lost = f" ({written.num_flags_lost:,} flags this form cannot hold)" if written.num_flags_lost else ""
+        return f"written: desc_info.json and conc_info.json in {out}{lost}"
+    if form == "csv":
+        from .correction_csv import write_correction_csv
+
+        path = out if out.suffix else out / "to_correct.csv"
+        return f"written: {counted(write_correction_csv(path, entries, organs), 'row')} in {path}"
+    path = out if out.suffix in (".json", ".jsonl") else out / "decomposition.json"
+    write_json(path, entries)
+    return f"written: {path}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reports",
+        type=Path,
+        required=True,
+        help="CSV (commas, semicolons or tabs), JSON or JSON lines of reports: columns id, findings, impression, or as "
+        "CT-RATE names them. A whole report in one column is cut at its headers.",
+    )
+    parser.add_argument("--organs", required=True, help="Organ set: chest_4, body_24, body_36, or a YAML file of yours.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="File (.json, .jsonl, .csv), or folder; a folder for --format published."
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="json",
+        help="json: {id, findings, impression, organs, ...}; published: desc_info.json and conc_info.json; csv: a row a "
+        "sentence, to be corrected by hand (default: json).",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("rules", "llm", "hybrid"),
+        default="rules",
+        help="llm: a language model for every report; hybrid: for those that the rules are not certain of; what fails "
+        "falls back to the rules (default: rules).",
+    )
+    parser.add_argument(
+        "--labels",
+        help="Also label findings, present, absent or uncertain: ct_rate_18, or a YAML file in its form (json only).",
+    )
+    parser.add_argument(
+        "--lexicon", default="english", help="Terms and cues: english, or a YAML file in its form (default: english)."
+    )
+    parser.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="OURS=YOURS",
+        help="Name of a column where it is another: --columns findings=Befund. May be given several times.",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="Processes for the rules; the result is the same for any number (default: 1).",
+    )
+    add_llm_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers} must be at least 1.")
+    if args.format == "published" and args.out.suffix:
+        raise ValueError(f"--out {args.out}: --format published writes two files; give a folder.")
+    if args.labels and args.format != "json":
+        raise ValueError("--labels is for --format json; the other forms have no place for labels.")
+    check_llm_arguments(args)
+    organ_set = load_organ_set(args.organs)
+    lexicon = load_lexicon(args.lexicon).for_organ_set(organ_set)
+    lexicon.check_covers(organ_set.organs)
+    rules = Rules(organ_set.organs, lexicon, load_finding_rules(args.labels, lexicon) if args.labels else None)
+    reports = open_reports(args.reports, args.columns)
+    tally = Tally()
+    start = time.perf_counter()
+    if args.method == "rules":
+        workers = min(args.workers, os.cpu_count() or 1)
+        done = write(args.out, args.format, entries_of(decompose_reports(reports, rules, workers), tally), rules.organs)
+    else:
+        done = ask(args, reports, rules, tally)
+        if done is None:
+            return 0
+    for line in (*tally.lines(rules.organs, time.perf_counter() - start), done):
+        console.print(line, markup=False, soft_wrap=True)
+    return 0
+
+
+def ask(args: argparse.Namespace, reports: Reports, rules: Rules, tally: Tally) -> str | None:
+    """--method llm or hybrid; None where only the estimate was wanted."""
+    with open_llm(args, rules.organs, args.out) as model:
+        if not model.begin(reports, rules):
+            return None
+        pairs = zip(reports, model.decompose(reports, rules), strict=True)
+        done = write(args.out, args.format, entries_of(pairs, tally), rules.organs)
+        model.tell()
+    return done
