@@ -1,7 +1,10 @@
 """One call of a language model over HTTP: what it sends, what it does not, and what becomes of each kind of failure."""
 
+import base64
 import json
 import logging
+import socket
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -220,9 +223,31 @@ def test_no_proxy_reads_reports_for_this_machine(server, monkeypatch):
     assert ask(HTTPClient(server.url, "m")).text
 
 
-def test_closing_ends_calls_under_way(server):
-    import threading
+def test_a_proxy_is_asked_for_a_way_to_an_encrypted_server_and_reads_nothing(monkeypatch):
+    heard = []
 
+    def proxy(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            heard.append(connection.recv(4096).decode())
+            connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            heard.append(connection.recv(4096))
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=proxy, args=(listening,))
+        thread.start()
+        monkeypatch.setenv("https_proxy", f"http://us:er%20@127.0.0.1:{listening.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        with pytest.raises(CallFailedError, match="cannot be reached"):
+            ask(HTTPClient("https://llm.example.org/v1", "m", KEY, "llm.example.org"))
+        thread.join(5)
+    head, hello = heard
+    assert head.startswith("CONNECT llm.example.org:443 HTTP/1.") and KEY not in head
+    assert f"Basic {base64.b64encode(b'us:er ').decode()}" in head
+    assert hello[:1] == b"\x16", "the beginning of TLS"
+
+
+def test_closing_ends_calls_under_way(server):
     server.faults, server.slow_s = (lambda report, number: "endless"), 0.1
     client, failures = HTTPClient(server.url, "m", timeout_s=60), []
 

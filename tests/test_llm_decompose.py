@@ -61,6 +61,7 @@ def check(reports, results, tally) -> dict[str, int]:
 def test_a_server_that_is_well_answers_every_report_with_one_call(server, tmp_path, form):
     reports = small_reports(40)
     assert sum(truth(report) != rules(report).organs for report in reports) > 20, "the rules would pass as well"
+    server.faults, server.slow_s = (lambda report, number: "slow"), 0.03
     results, tally, ledger = run(server, tmp_path, reports, form=form)
     assert check(reports, results, tally) == {"llm": 40, "rules": 0}
     assert len(server.asked) == len(set(server.asked)) == ledger.calls == 40
@@ -288,7 +289,7 @@ def test_the_limit_of_requests_is_kept(server, tmp_path, monkeypatch):
 def test_stopping_in_the_midst_ends_at_once_and_keeps_what_came(server, tmp_path):
     reports = small_reports(30)
     server.slow_s = 20.0
-    server.faults = lambda report, number: "slow" if len(server.asked) > 8 else None
+    server.faults = lambda report, number: "slow" if len(server.asked) > 3 else None
     begin = time.monotonic()
     with Ledger(tmp_path / "cache.jsonl", PRICES) as ledger:
         client = HTTPClient(server.url, "m", timeout_s=60)
@@ -297,7 +298,7 @@ def test_stopping_in_the_midst_ends_at_once_and_keeps_what_came(server, tmp_path
         results.close()
     assert time.monotonic() - begin < 5
     kept = (tmp_path / "cache.jsonl").read_text().count('"text"')
-    assert 1 <= kept <= 9
+    assert 1 <= kept <= 3
 
 
 def test_reports_are_read_as_they_are_needed(server, tmp_path):
