@@ -428,9 +428,10 @@ def _paired(
     }
     label = both["label"].fillna(both["label_b"])
     frames = [both.assign(label=label, score=both[column]) for column in ("score", "score_b")]
-    if protocol.absent == "excluded":
-        one_absent = frames[0]["score"].isna() | frames[1]["score"].isna()
-        frames = [frame.assign(score=frame["score"].mask(one_absent)) for frame in frames]
+    absent = [frame["score"].isna() for frame in frames]
+    if protocol.absent == "zero":  # what a run never scored is no zero
+        absent = [one.groupby(both["finding"]).transform("all") for one in absent]
+    frames = [frame.assign(score=frame["score"].mask(absent[0] | absent[1])) for frame in frames]
     return [frame[frame_a.columns] for frame in frames], {reason: n for reason, n in unpaired.items() if n}
 
 

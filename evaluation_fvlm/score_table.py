@@ -135,11 +135,12 @@ def read_score_table(
     score_cells, organs, column_notes = _score_cells(score_file, findings, task)
     asked = findings if task is not None else [finding for finding in findings if finding in score_cells]
 
-    names = list(dict.fromkeys(score_file.names))
-    labelled = {name for cells in label_cells.values() for name in cells} | set(label_file.names if label_file else ())
-    dropped = {NO_LABELS: [name for name in names if name not in labelled]}
-    dropped[NO_SCORES] = [name for name in dict.fromkeys((label_file or score_file).names) if name not in set(names)]
-    names = [name for name in names if name in labelled]
+    scored, labelled = dict.fromkeys(score_file.names), dict.fromkeys((label_file or score_file).names)
+    names = [name for name in scored if name in labelled]
+    dropped = {
+        NO_LABELS: [name for name in scored if name not in labelled],
+        NO_SCORES: [name for name in labelled if name not in scored],
+    }
     if not names:
         raise EvaluationError(
             f"no case of {scores} is in {labels}: {score_file.names[0]!r} there, {label_file.names[0]!r} here. Folders "
@@ -234,17 +235,16 @@ def _drop_identical(file: _File) -> None:
     kept = []
     for n, (row, name) in enumerate(zip(file.rows, file.names)):
         key = (name, *(row[index] for index in (task_index, finding_index) if index is not None))
-        content, first = [*row[:name_index], *row[name_index + 1 :]], seen.setdefault(key, n)
+        first = seen.setdefault(key, n)
         if first == n:
             kept.append(n)
             continue
-        other = [*file.rows[first][:name_index], *file.rows[first][name_index + 1 :]]
-        if content != other:
-            columns = [column for n, column in enumerate(file.header) if n != name_index]
-            differs = next(n for n, (a, b) in enumerate(zip(content, other)) if a != b)
+        other = file.rows[first]
+        differs = next((k for k, cell in enumerate(row) if k != name_index and cell != other[k]), None)
+        if differs is not None:
             raise EvaluationError(
                 f"{file.where(n)}: this case has a row already, row {file.lines[first]}, and they differ: "
-                f"{shortened(columns[differs])!r} is {shortened(content[differs])!r} here, "
+                f"{shortened(file.header[differs])!r} is {shortened(row[differs])!r} here, "
                 f"{shortened(other[differs])!r} there. Keep one row per case."
             )
     file.num_identical = len(file.rows) - len(kept)

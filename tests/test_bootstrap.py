@@ -87,5 +87,5 @@ def test_resampling_scans_as_if_they_were_patients_would_not_cover():
 @pytest.mark.slow
 @pytest.mark.parametrize("auc", [0.6, 0.75, 0.9])
 def test_coverage_over_many_simulations(auc):
-    """Standard error 0.35 %; the percentile interval of an AUC is known to lie a little under its level."""
-    assert 0.93 < coverage(4000, 300, 2, auc, 1000, seed=5) < 0.96
+    """Standard error 0.5 %; the percentile interval of an AUC is known to lie a little under its level."""
+    assert 0.93 < coverage(2000, 300, 2, auc, 1000, seed=5) < 0.965

@@ -420,6 +420,21 @@ def test_only_cases_that_both_scored_are_compared():
         compare_frames(first, second.assign(finding="Other " + second["finding"]), Protocol())
 
 
+def test_a_finding_that_one_run_never_scored_is_not_compared():
+    """Even where absent scores count as 0: of one run it would be nothing but zeros."""
+    first, second = runs()
+    rows = second["finding"] == "Nodule"
+    second.loc[rows, "score"] = np.nan
+    second.loc[second.index[~rows][:5], "score"] = np.nan
+    for protocol, reason_count in ((Protocol(**QUICK), 120 + 5), (Protocol.published(**QUICK), 240)):
+        result = compare_frames(first, second, protocol)
+        assert result["per_finding"]["Nodule"]["reason"] == "no case among the 0 scored and labelled"
+        assert result["per_finding"]["Nodule"]["auc"]["difference"]["value"] is None
+        assert result["per_finding"]["Effusion"]["auc"]["difference"]["value"] > 0
+        assert result["num_findings"] == 2
+        assert 120 <= result["excluded"][NO_SCORE] <= reason_count
+
+
 def test_thousands_of_volumes_take_seconds():
     """3,000 volumes x 18 findings x 1,000 resamples; a minute allows for a machine that has other work."""
     frame = table(1500, scans=2, reconstructions=1, findings={f"F{n}": "lung" for n in range(18)})
