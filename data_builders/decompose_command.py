@@ -37,6 +37,7 @@ from .decompose import decompose_report
 from .decomposition import Decomposition
 from .folder_reports import WORKBOOK_BEGINNINGS, WORKBOOK_ENDINGS, read_json, separator_of
 from .lexicon import Lexicon, load_lexicon
+from .llm_decompose import NOT_BY_MODEL
 from .llm_options import add_llm_arguments, check_llm_arguments, open_llm
 from .report_labels import FindingRules, load_finding_rules
 from .shards import replace_durably
@@ -241,7 +242,8 @@ class Tally:
     def add(self, decomposition: Decomposition) -> None:
         self.reports += 1
         self.uncertain += bool(decomposition.uncertain_sentences)
-        self.notes.update(decomposition.notes.keys())
+        # Why the model did not do it is told by the model's own tally.
+        self.notes.update(note for note in decomposition.notes if not note.startswith(NOT_BY_MODEL))
         for organ, text in decomposition.organs.items():
             self.sentences += len(text.findings) + len(text.impression)
             self.spoken[organ] += 1

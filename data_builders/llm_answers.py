@@ -18,8 +18,8 @@ from typing import Protocol
 import yaml
 
 from .cases import OrganText
-from .decompose import split_sentences
 from .llm_client import Answer
+from .report_sentences import clean, report_sentences
 
 PROMPTS = Path(__file__).resolve().parent.parent / "hub_configs" / "llm"
 FORMS = ("numbers", "quotes")
@@ -119,7 +119,9 @@ class Numbered:
 
 
 def numbered(report: Report) -> Numbered:
-    return Numbered(tuple(split_sentences(report.findings)), tuple(split_sentences(report.impression)))
+    """The sentences of findings and impression as the rules cut them; history and technique are not sent."""
+    sentences = report_sentences(clean(report.findings)[0], clean(report.impression)[0])
+    return Numbered(*(tuple(sentence.text for sentence in section) for section in sentences))
 
 
 def answer_schema(organs: Sequence[str], form: str) -> dict:

@@ -34,6 +34,7 @@ TOKENS_AROUND = 64  # what a server puts around the messages of a question, at m
 TOKENS_PER_SENTENCE = {"expected": 22, "most": 64}  # of an answer in numbers; with blanks and line ends, the latter
 MOST_SENTENCES = 400  # of a report that is asked for: more is no report of one scan
 MOST_SENTENCE_BYTES = 60_000  # all of them together
+NOT_BY_MODEL = "not by the model: "  # in the notes of a decomposition, before the reason
 REFUSED_SHOWN = 2_000  # characters of a refused answer that are shown to the model again
 SAMPLED = 300  # reports of which the rules are run, before only every second one is, to estimate how many are uncertain
 
@@ -236,7 +237,7 @@ def decompose_with_llm(
             texts, reason = None, "no usable answer (no sentence is given to any organ)"
         if texts is None:
             tally.fallen_back[reason] += 1
-            return replace(by_rules, notes={**by_rules.notes, f"not by the model: {reason}": 1})
+            return replace(by_rules, notes={**by_rules.notes, f"{NOT_BY_MODEL}{reason}": 1})
         tally.remembered += is_remembered
         tally.asked += not is_remembered
         return replace(by_rules, organs=texts, method="llm", uncertain_sentences=())
@@ -245,7 +246,7 @@ def decompose_with_llm(
         for report in reports:
             by_rules = rules(report)
             sentences = numbered(report)
-            if not sentences.sentences or (settings.is_hybrid and not by_rules.uncertain_sentences):
+            if not sentences.sentences or (settings.is_hybrid and not is_uncertain(by_rules)):
                 tally.certain += 1
                 pending.append((by_rules, None, None))
             elif (why_not := asker.why_not(sentences)) is not None:
@@ -271,6 +272,11 @@ def decompose_with_llm(
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def is_uncertain(by_rules: Decomposition) -> bool:
+    """Whether a hybrid run asks: a sentence has no sure place, or the rules do not know the language."""
+    return bool(by_rules.uncertain_sentences) or "not_english" in by_rules.notes
 
 
 def check_first(calls: Calls) -> None:
@@ -349,10 +355,10 @@ def estimate(
         if not sentences.sentences or asker.why_not(sentences) is not None:
             continue
         if look_for_persons:
-            personal += bool(kinds_in_text(f"{report.findings}\n{report.impression}"))
+            personal += bool(kinds_in_text(sentences.text()))
         if settings.is_hybrid and number % stride == 0:
             runs, sampled = runs + 1, sampled + stride
-            uncertain += stride * bool(rules(report).uncertain_sentences)
+            uncertain += stride * is_uncertain(rules(report))
             stride *= 2 if runs % SAMPLED == 0 else 1
         question = asker.question(sentences)
         if question.key in seen:

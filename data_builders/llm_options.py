@@ -208,7 +208,7 @@ class LanguageModel:
             if not self.client.is_https:
                 text += " The address is http: whoever is on the way can read them, and the key."
             if expected.personal:
-                text += f" {counted(expected.personal, 'report')} seem to hold a name, a date or a number of a person."
+                text += f" A name, a date or a number of a person seems to stand in {expected.personal} of them."
             tell(text)
         return not self.is_estimate_only
 
