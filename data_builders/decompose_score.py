@@ -366,7 +366,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help_text = "the split to score: JSON, JSON lines, a folder of them, or a folder with desc_info.json and "
     help_text += "conc_info.json; default: what --method makes of the texts of --gold"
     add("--predicted", type=Path, metavar="FILE", help=help_text)
-    help_text = "without --predicted; the split of a language model is written by `decompose` first"
+    help_text = (
+        "what makes the split without --predicted; default: %(default)s. Others are written by `decompose` first"
+    )
     add("--method", choices=["rules"], default="rules", help=help_text)
     add("--lexicon", default="english", metavar="NAME|FILE", help="of the rules; default: %(default)s")
     help_text = "organ set of both sides; default: the smallest of ours that holds all organs of the gold"
