@@ -39,19 +39,26 @@ STATE_AT_END = re.compile(
     r"(?:enlarged|dilated|thickened|atrophic|fatty|tortuous|distended|contracted|prominent|calcified|ectatic|displaced"
     r"|collapsed|heterogeneous|increased|decreased|small)\W*$"
 )
-PREPOSITION = re.compile(r"\b(?:in|at|on|within|of|along|throughout)\b")
+PREPOSITION = re.compile(r"\b(?:in|at|on|within|along|throughout)\b")
+# A negated verb that denies what it speaks of, and one whose subject was named before: "... but is not visible".
+EXISTS = re.compile(
+    r"(?:seen|observed|detected|identified|found|demonstrated|noted|present|shown|appreciated|visuali[sz]ed|evident|apparent|visible"
+    r"|resolved|disappeared|cleared|vanished|existing|no longer \w+)$"
+)
+ELIDED = re.compile(r"\s*(?:which|that)?\s*(?:(?:is|are|was|were|has|have|had|been|be|now|today|currently|also)\s*)*$")
 NONE_BEHIND_COLON = re.compile(
     r":\s*(?:none|absent|nil|negative|no|not (?:seen|present|identified|observed|detected))(?: (?:seen|present|identified|enlarged))?\s*(?=[.;,]|$)"
 )
 DEVICE = re.compile(r"\b(?:tube|catheter|drain|line|stent|cannula|lead|pacemaker|wire|port|device|filter|clip|pigtail)s?\b")
 SIZE = re.compile(
-    r"(\d+(?:[.,]\d+)?)\s?(?:x\s?(\d+(?:[.,]\d+)?)\s?)?(?:x\s?(\d+(?:[.,]\d+)?)\s?)?(mm|cm|millimet|centimet)"
+    r"(\d+(?:[.,]\d+)?)\s?(?:x\s?(\d+(?:[.,]\d+)?)\s?)?(?:x\s?(\d+(?:[.,]\d+)?)\s?)?(mm|cm|millimet|centimet|hu\b)"
 )
 MEASURE = re.compile(
     r"\b(?:measur|diamet|size|length|span|axis|dimension|thickness|calib|width|height|ratio|index|long)"
 )
 ONLY_SHOWN = re.compile(r"\b(?:visuali[sz]ed|included|imaged|scanned|evaluated|assessed|examined|stable|unchanged)\b")
 WORDS = re.compile(r"[a-z]{3,}")
+MOST_BARE_WORDS = 3  # beside a size, in a piece that says no more: "spleen 11 cm"
 REASON = re.compile(r"\b(?:because|due to|owing to|secondary to|as a result|by)\b.*")
 LONGEST = 20_000  # characters of a sentence that are judged
 
@@ -216,9 +223,12 @@ class Assertions:
         number = self.piece_at(match.start())
         piece = self.pieces[number]
         earlier = [verb for verb in self.verbs if piece.start <= verb < match.start() - 12]
-        if earlier:
+        if earlier and not self.is_elided(piece.start, match.start()):
             return earlier[-1]
         start = piece.start
+        if number and EXISTS.search(match[0]) and self.is_elided(piece.start, match.start()):
+            number -= 1
+            start = self.pieces[number].start
         while number and not self.pieces[number - 1].is_firm:
             number -= 1
             before = self.pieces[number]
@@ -235,6 +245,10 @@ class Assertions:
                 break
             start = before.start
         return start
+
+    def is_elided(self, start: int, end: int) -> bool:
+        """Whether nothing but "which is" stands there: the subject was named before."""
+        return bool(ELIDED.fullmatch(self.work[start:end]))
 
     def is_denied(self, start: int, end: int) -> bool:
         return any(low <= start and end <= high for low, high in self.denied)
@@ -270,7 +284,7 @@ class Assertions:
             piece.status, piece.predicate = Status.DENIED, denied
         elif hidden is not None:
             piece.status, piece.predicate = Status.NOT_EVALUATED, hidden
-        elif SIZE.search(left) and (MEASURE.search(left) or not WORDS.search(SIZE.sub(" ", left))):
+        elif SIZE.search(left) and (MEASURE.search(left) or len(WORDS.findall(SIZE.sub(" ", left))) <= MOST_BARE_WORDS):
             piece.status, piece.predicate = Status.MEASURED, piece.start + SIZE.search(left).start()
         elif verb is not None and not any(low <= verb < high for low, high in self.seen):
             piece.status, piece.predicate = Status.STATEMENT, verb
@@ -306,6 +320,8 @@ class Assertions:
         piece = self.pieces[number]
         found = []
         for match in SIZE.finditer(self.text, piece.start, piece.end):
+            if match[4] == "hu":
+                continue
             factor = 10.0 if match[4].startswith("c") else 1.0
             found += [float(value.replace(",", ".")) * factor for value in match.groups()[:3] if value]
         return found

@@ -70,11 +70,17 @@ REGION_HEADING = re.compile(
 SUBJECT = re.compile(
     r"(?:the|this|these|those)\s(?:(?:\w|-)+\s){0,4}?(?P<noun>\w+)\s(?P<verb>(?:also |again |now |further )?(?:is|are|was|were|has|have|extend|"
     r"invad|abut|compress|displac|reach|lie|encas|involv|contact|infiltrat|measur|appear|show|contain|caus|cross|demonstrat"
-    r"|arise|protrud|obstruct|remain|surround|exert)\w*)"
+    r"|arise|protrud|obstruct|remain|surround|exert|propagat|start|begin|originat|terminat|project|herniat|track"
+    r"|communicat|occup|fill|replac|distort|narrow|enhanc|exhibit|expand|destroy|erod|penetrat|continu|course|drain|open)\w*)"
 )
 RELATION = re.compile(
     r"(?:also |again |now |further )?(?:extend|invad|abut|compress|displac|reach|encas|involv|contact|infiltrat|cross|protrud"
     r"|obstruct|surround|exert|caus)"
+)
+RESETTING = re.compile(r"\b(?:other|others|misc|miscellaneous|additional|incidental|note|comment|addendum|findings?|impression|extra\w+)\b")
+POINTING_BACK = re.compile(
+    r"\b(?:within|in|of|around|behind|into|from|through|to|with|inside|along|by|on) (?:it|them)\b"
+    r"|\b(?:this|these) (?:segment|region|area|level|location|organ|lesion|mass|finding|structure|lobe|vessel|loop)"
 )
 HEADING_WORDS = frozenset(
     "the and or of a other left right both large great system structure organ tract gland area region".split()
@@ -96,7 +102,7 @@ class Mention(NamedTuple):
     start: int
     end: int
     organs: frozenset[str]
-    kind: str  # "named", "weak", "landmark", "elsewhere", "ignored"
+    kind: str  # "named", "weak", "landmark", "soft", "elsewhere", "ignored"
 
 
 class Analysis:
@@ -106,6 +112,7 @@ class Analysis:
         organs: Organs it names.
         weak: Organs by weak terms.
         landmarks: Organs named for orientation.
+        soft: Organs at whose level something is: its place, if nothing else is named.
         is_elsewhere: Whether it names a place of no organ.
     """
 
@@ -118,6 +125,7 @@ class Analysis:
         self.organs = self.of_kind("named")
         self.weak = self.of_kind("weak")
         self.landmarks = self.of_kind("landmark")
+        self.soft = self.of_kind("soft")
         self.is_elsewhere = any(mention.kind == "elsewhere" for mention in self.mentions)
 
     def of_kind(self, kind: str) -> frozenset[str]:
@@ -132,6 +140,17 @@ class Analysis:
     def nouns(self) -> frozenset[str]:
         """Nouns of findings in it, by which later sentences refer to it."""
         return frozenset(word for word in self.words if (word,) in self.lexicon.phrases["finding_nouns"])
+
+    def organs_near(self, noun: str, organs: frozenset[str]) -> frozenset[str]:
+        """Those of a sentence's organs that the piece with a noun names; all of them where it names no place."""
+        start = next(start for word, start, _ in self.located if word == noun)
+        number = self.assertions.piece_at(start)
+        beside = [
+            mention
+            for mention in self.mentions
+            if mention.kind in ("named", "elsewhere") and number in self.assertions.pieces_at(mention.start, mention.end)
+        ]
+        return organs & frozenset(organ for mention in beside for organ in mention.organs) if beside else organs
 
     @cached_property
     def definite_nouns(self) -> list[str]:
@@ -183,8 +202,8 @@ class Analysis:
 
     @cached_property
     def refers_inside(self) -> bool:
-        """Whether it points back further on: "an accessory one is seen at its hilum"."""
-        return any(word in ("its", "one") for word in self.words[1:])
+        """Whether it points back further on: "an accessory one is seen at its hilum", "within it"."""
+        return any(word in ("its", "one") for word in self.words[1:]) or bool(POINTING_BACK.search(self.text))
 
     @cached_property
     def begins_with_pronoun(self) -> bool:
@@ -239,7 +258,7 @@ class Analysis:
         naming = {
             number
             for mention in self.mentions
-            if organ in mention.organs and mention.kind == "named"
+            if organ in mention.organs and mention.kind in ("named", "soft")
             for number in self.assertions.pieces_at(mention.start, mention.end)
         }
         if not naming:
@@ -359,8 +378,10 @@ def find_mentions(located: Sequence[tuple[str, int, int]], text: str, lexicon: L
                 between == ["of"]
                 or (between[-1:] in (["and"], ["or"]) and len(between) <= 2 and not between[0].endswith(("ing", "ed")))
             )
-            if goes_on or is_landmark(words[:place], lexicon):
+            if goes_on or ends_a_span(words[:place]) or is_landmark(words[:place], lexicon, "landmarks"):
                 kind, landmark_end = "landmark", last
+            elif is_landmark(words[:place], lexicon, "soft_landmarks"):
+                kind, landmark_end = "soft", -1
             else:
                 landmark_end = -1
         mentions.append(Mention(place, last, located[place][1], located[last - 1][2], entry.organs, kind))
@@ -412,18 +433,24 @@ def names_vessel(words: Sequence[str], last: int, entry: Entry) -> bool:
     return False
 
 
-def is_landmark(before: Sequence[str], lexicon: Lexicon) -> bool:
-    """Whether the words in front of an organ make it a landmark: "adjacent to the left" kidney."""
+def ends_a_span(before: Sequence[str]) -> bool:
+    """Whether an organ tells only how far something reaches: "from T10 to the" sacrum."""
+    words = [word for word in before[-8:] if word not in DETERMINERS]
+    return words[-1:] == ["to"] and "from" in words[:-1]
+
+
+def is_landmark(before: Sequence[str], lexicon: Lexicon, name: str) -> bool:
+    """Whether the words in front of an organ make it a landmark of this list: "adjacent to the left" kidney."""
     end = len(before)
-    while end and (before[end - 1] in DETERMINERS or (before[end - 1] == "of" and before[end - 2 : end - 1] != ["level"])):
+    while end and (before[end - 1] in DETERMINERS or before[end - 1] == "of"):
         if before[end - 1] == "of":  # "adjacent to the tail of the" pancreas
             if end < 2 or before[end - 2] not in PARTS_OF_ORGANS:
                 break
             end -= 1
         end -= 1
-    longest = max((len(phrase) for phrase in lexicon.phrases["landmarks"]), default=0)
+    longest = max((len(phrase) for phrase in lexicon.phrases[name]), default=0)
     for size in range(longest, 0, -1):
-        if size <= end and tuple(before[end - size : end]) in lexicon.phrases["landmarks"]:
+        if size <= end and tuple(before[end - size : end]) in lexicon.phrases[name]:
             earlier = before[max(0, end - size - 5) : end]
             return not any((word,) in lexicon.phrases["landmark_exceptions"] for word in earlier)
     return False
@@ -487,6 +514,8 @@ class Context:
     def __init__(self, lexicon: Lexicon, analyse) -> None:
         self.lexicon, self.analyse = lexicon, analyse
         self.last: frozenset[str] = frozenset()
+        self.named_first: frozenset[str] = frozenset()
+        self.named_last: frozenset[str] = frozenset()
         self.heading: frozenset[str] | None = None
         self.said_with: dict[str, list[frozenset[str]]] = {}
 
@@ -501,19 +530,24 @@ class Context:
         if self.is_heading_line(sentence):
             return None
         analysis = self.analyse(text)
+        if self.lexicon.remarks.search(analysis.text):
+            return Placed(text, frozenset(), True, analysis)
         if (head := heading_of(text)) is not None:
             named = self.analyse(head)
             if named.organs or named.is_elsewhere or named.weak:
                 self.heading = named.organs or (frozenset() if named.is_elsewhere else named.weak)
-            else:
+            elif not named.words or RESETTING.search(named.text):
                 self.heading = None
         organs, is_sure = self.organs_of(analysis)
         if analysis.organs or analysis.is_elsewhere or organs or not analysis.is_general:
             if not (analysis.is_general and not organs):
                 self.last = organs
+        named = [mention.organs for mention in analysis.mentions if mention.organs and mention.kind != "weak"]
+        if named:
+            self.named_first, self.named_last = named[0], named[-1]
         for noun in analysis.nouns:
             if organs or analysis.is_elsewhere:
-                self.said_with.setdefault(noun, []).append(organs)
+                self.said_with.setdefault(noun, []).append(analysis.organs_near(noun, organs))
         return Placed(REGION_HEADING.sub("", text), organs, is_sure, analysis)
 
     def is_heading_line(self, sentence: Sentence) -> bool:
@@ -546,6 +580,8 @@ class Context:
         """Organs of a sentence, and whether they are sure."""
         subject = analysis.subject_spoken_of
         referred = self.lookup(subject, analysis) if subject else None
+        if not analysis.organs and analysis.words[:1] == ["the"] and analysis.words[1:2] in (["latter"], ["former"]):
+            return (self.named_last if analysis.words[1] == "latter" else self.named_first), False
         if analysis.organs:
             if referred and analysis.relates:
                 return analysis.organs | referred, True
@@ -559,6 +595,8 @@ class Context:
                 return referred, False
             refers = analysis.words[:1] in (["it"], ["its"], ["they"]) and not analysis.is_general
             return (self.last, False) if refers else (frozenset(), True)
+        if analysis.soft and not analysis.weak:
+            return analysis.soft, False
         if self.heading is not None:
             return (analysis.weak & self.heading) or self.heading, True
         for noun in analysis.definite_nouns:

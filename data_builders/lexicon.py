@@ -313,7 +313,7 @@ class Lexicon:
     def phrases(self) -> dict[str, frozenset[tuple[str, ...]]]:
         """The lists of phrases, as words."""
         names = (
-            *("landmarks", "landmark_exceptions", "references", "node_heads", "shared_heads", "finding_nouns"),
+            *("landmarks", "soft_landmarks", "landmark_exceptions", "references", "node_heads", "shared_heads", "finding_nouns"),
             *("attributes",),
         )
         return {name: frozenset(tuple(self.words(phrase)) for phrase in self.lists[name]) for name in names}
@@ -321,6 +321,10 @@ class Lexicon:
     @cached_property
     def part_words(self) -> dict[str, tuple[tuple[str, ...], ...]]:
         return {name: tuple(tuple(self.words(term)) for term in terms) for name, (_, _, terms) in self.parts.items()}
+
+    @cached_property
+    def remarks(self) -> re.Pattern:
+        return re.compile("|".join(f"(?:{cue})" for cue in self.lists["remarks"]))
 
     @cached_property
     def general(self) -> re.Pattern:
@@ -385,17 +389,8 @@ def plain_words(text: str) -> tuple[str, ...]:
 
 
 LISTS = (
-    *(
-        "elsewhere",
-        "ignored",
-        "node_heads",
-        "shared_heads",
-        "landmarks",
-        "landmark_exceptions",
-        "references",
-        "finding_nouns",
-    ),
-    *("attributes", "general", "vocabulary", "not_misprints"),
+    *("elsewhere", "ignored", "node_heads", "shared_heads", "landmarks", "soft_landmarks", "landmark_exceptions"),
+    *("references", "finding_nouns", "attributes", "general", "remarks", "vocabulary", "not_misprints"),
 )
 
 

@@ -29,7 +29,7 @@ MARKDOWN_HEADING = re.compile(r"(?m)^[ \t]*#{1,6}[ \t]+(.*?)[ \t]*#*$")
 
 # A full stop behind these ends no sentence. Units are not among them: "measuring 5 mm. The ..." does end there.
 ABBREVIATION = re.compile(
-    r"(?:\b(?:dr|prof|mr|mrs|ms|st|vs|approx|ca|cf|fig|figs|e\.?g|i\.?e|resp|incl|max|min|rt|lt|bilat|ant|post|sup|inf"
+    r"(?:\b(?:dr|prof|mr|mrs|ms|st|vs|prev|approx|ca|cf|fig|figs|e\.?g|i\.?e|resp|incl|max|min|rt|lt|bilat|ant|post|sup|inf"
     r"|lat|med|art|lig|seg|segm|ser|im|img|avg|diam|resp|temp|a\.p|i\.v|p\.o|w\.?r\.?t|st\. ?p|z\. ?n|s\. ?p|dept|vol"
     r"|susp|poss|prob|hx|h/o|r/o|c/w|w/o|inc|para|dd|ddx|cont|eval)"
     r"|\b(?:dr|prof)\.? [A-Z]|(?<=[A-Z]\. )[A-Z]|^[A-Z])\.$",
@@ -57,6 +57,9 @@ OPEN_END = re.compile(
     r"|that|which|into|near|within|between|through|measuring|measures|left|right|upper|lower|approximately|about|up))$",
     re.IGNORECASE,
 )
+
+# Items that stand on one line with a wide gap between them, and no stop.
+WIDE_GAP = re.compile(r"(?<=[a-z0-9)\]?%])(?: {2,}|\t+ *)(?=[A-Z])")
 
 SECTIONS = {
     "findings": r"findings?|(?:ct |radiolog(?:y|ical) |imaging |positive |other |additional |incidental )findings"
@@ -196,7 +199,7 @@ def find_sentences(text: str) -> list[Sentence]:
 
 def begins_small(text: str) -> bool:
     """Whether sentences of this text begin with small letters, as in some dictations."""
-    ends = re.findall(r"[a-z)]{2}[.?!]\s+([^\W\d_])", text)
+    ends = re.findall(r"[a-z0-9)]\s?[.?!]\s+([^\W\d_])", text)
     return len(ends) >= 2 and sum(letter.islower() for letter in ends) > 0.5 * len(ends)
 
 
@@ -213,6 +216,7 @@ def goes_on(before: str, after: str, starts_small: bool) -> bool:
 
 def list_items(text: str) -> Iterator[tuple[str, bool]]:
     """Lines put together again where they were wrapped, cut at the marks of lists; and whether a block begins there."""
+    text = WIDE_GAP.sub("\n", text)
     begins_block = True
     for block in re.split(r"\n[ \t]*\n\s*", text.strip()):
         for line in unwrap(block):
