@@ -13,9 +13,10 @@ import numpy as np
 
 PLANES = ("axial", "coronal", "sagittal")
 SOFT_TISSUE, LUNG, BONE = (-160, 240), (-1350, 150), (-200, 1000)  # display windows, HU; the model's are in its config
-ORGAN_COLOR, LESION_COLOR = (0.0, 0.9, 1.0), (0.2, 1.0, 0.2)
+ORGAN_COLOR, LESION_COLOR = "#00e6ff", "#33ff33"
 HEAT_OPACITY = 0.7
-PANEL_INCHES, DPI = 3.0, 100
+WIDTH_INCHES, TALLEST_INCHES, DPI = 8.6, 4.2, 100  # of the three planes together
+MARGIN_MM = 50  # around the organ
 
 
 def display_window(volume: np.ndarray, is_organ: np.ndarray) -> tuple[int, int]:
@@ -37,10 +38,35 @@ def plane_of(array: np.ndarray, plane: str, at: Sequence[int]) -> np.ndarray:
 
 
 def outline(region: np.ndarray) -> np.ndarray:
-    """The pixels of a region one of whose four neighbours lies outside it."""
+    """The edges between the pixels of a region and those beside it.
+
+    Args:
+        region: `(rows, columns)` bool.
+
+    Returns:
+        `(edges, 2, 2)`: both ends of each as (column, row), in pixels whose centres are whole numbers.
+    """
     around = np.pad(region, 1)
-    neighbours = (around[2:, 1:-1], around[:-2, 1:-1], around[1:-1, 2:], around[1:-1, :-2])
-    return region & ~np.all(neighbours, axis=0)
+    beside = np.argwhere(around[1:-1, 1:] != around[1:-1, :-1])  # (row, column) of the pixel right of an edge
+    above = np.argwhere(around[1:, 1:-1] != around[:-1, 1:-1])  # of the pixel below an edge
+    ends = [
+        np.stack([beside[:, ::-1] + (-0.5, -0.5), beside[:, ::-1] + (-0.5, 0.5)], axis=1),
+        np.stack([above[:, ::-1] + (-0.5, -0.5), above[:, ::-1] + (0.5, -0.5)], axis=1),
+    ]
+    return np.concatenate(ends)
+
+
+def region_around(is_organ: np.ndarray, spacing: Sequence[float], at: Sequence[int]) -> tuple[slice, ...]:
+    """The box of an organ and of voxel `at`, wider by `MARGIN_MM` on every side; all where there is no organ."""
+    if not is_organ.any():
+        return tuple(slice(0, size) for size in is_organ.shape)
+    box = []
+    for axis, (size, edge, middle) in enumerate(zip(is_organ.shape, spacing, at)):
+        places = np.flatnonzero(is_organ.any(axis=tuple({0, 1, 2} - {axis})))
+        margin = round(MARGIN_MM / edge)
+        first, last = min(places[0], middle), max(places[-1], middle)
+        box.append(slice(max(0, int(first) - margin), min(size, int(last) + 1 + margin)))
+    return tuple(box)
 
 
 def overlay_png(
@@ -54,7 +80,7 @@ def overlay_png(
     hu_window: tuple[float, float] | None = None,
     title: str = "",
 ) -> bytes:
-    """Draw three planes.
+    """Draw three planes, cut to the organ and what is around it.
 
     Args:
         volume: HU `(depth, height, width)` LPS.
@@ -71,15 +97,21 @@ def overlay_png(
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure  # not pyplot: it would keep the figure, and ask for a display
     from PIL import Image
 
     low, high = hu_window or display_window(volume, is_organ)
+    region = region_around(is_organ, spacing, at)
+    at = [place - part.start for place, part in zip(at, region)]
+    volume, heat, is_organ = volume[region], heat[region], is_organ[region]
+    is_lesion = None if is_lesion is None else is_lesion[region]
     size_mm = np.array(volume.shape) * np.asarray(spacing)
     widths = (size_mm[2], size_mm[2], size_mm[1])
     tallest = max(size_mm[1], size_mm[0])
-    scale = PANEL_INCHES / max(*widths, tallest)
-    figure = Figure(figsize=(sum(widths) * scale + 0.2, tallest * scale + 0.5), dpi=DPI)
+    scale = min(WIDTH_INCHES / sum(widths), TALLEST_INCHES / tallest)
+    # At least as wide as a title, should the planes be narrow.
+    figure = Figure(figsize=(max(sum(widths) * scale + 0.2, 5.0), tallest * scale + 0.5), dpi=DPI)
     canvas = FigureCanvasAgg(figure)
     grid = figure.add_gridspec(1, 3, width_ratios=widths)
     hottest = float(heat.max()) or 1.0
@@ -94,9 +126,7 @@ def overlay_png(
         axes.imshow(layer, **shown)
         for region, color in ((is_organ, ORGAN_COLOR), (is_lesion, LESION_COLOR)):
             if region is not None:
-                lines = np.zeros((*share.shape, 4))
-                lines[outline(plane_of(region, plane, at))] = (*color, 0.9)
-                axes.imshow(lines, **shown)
+                axes.add_collection(LineCollection(outline(plane_of(region, plane, at)), colors=color, linewidths=1.2))
         axes.set_title(f"{plane}   {'front | back' if plane == 'sagittal' else 'R | L'}", fontsize=8)
         axes.set_axis_off()
     if title:
@@ -105,6 +135,6 @@ def overlay_png(
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     buffer = io.BytesIO()
-    # The usual median cut gives nearly all its colours to the greys.
-    picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(buffer, "PNG", optimize=True)
+    # The usual median cut gives nearly all its colours to the greys, and is slow where there are many.
+    picture.quantize(256, Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
