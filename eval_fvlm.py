@@ -16,34 +16,72 @@ Of the same protocol only windows and level, in bfloat16:
 A quicker look at many organs, each scan in as few windows as hold them all; other surroundings, so other scores:
     python eval_fvlm.py --model DIR --data DIR --tasks own.yaml --shared_windows --out runs/quick_eval
 
+Two models on the same scans, with tests of the difference; decisions at thresholds from patients of another split:
+    python eval_fvlm.py --model DIR --model OTHER_DIR --data DIR --tasks own.yaml --threshold development \\
+        --development_split train --out runs/comparison
+
+All that there is to measure, with the embeddings kept for `python -m evaluation_fvlm probe` and the like:
+    python eval_fvlm.py --model DIR --data DIR --tasks own.yaml --retrieval --diagnostics --save_embeddings \\
+        --out runs/all
+
 Written to --out:
-    metrics.json    macro_auc, num_findings, num_patients, per_finding, per_organ, what was left out and why, protocol
+    metrics.json    macro_auc, num_findings, num_patients, per_finding, per_organ, what was left out and why, protocol;
+                    `wording`: how far AUCs hang on the choice of sentences; `evaluation`: every metric with its 95 %
+                    interval, thresholds and how they were chosen, calibration, curves (evaluation_fvlm/protocols.py)
     scores.csv      one row per task, scan and finding: score (probability), label, is_complete; empty = not known
+    published_scores.csv    the same in the published column form, one row per volume
+    dropped.csv     every case that is not measured, with the reason
     roc.png         one ROC curve per finding, best first
     auc_bars.png    the AUCs grouped by organ, with the line of chance
---protocol published adds `published` to metrics.json (evaluation_fvlm/published_metrics.py says how it is counted) and
-    published_scores.csv    the scores in the published column form, one row per volume
+    report.html     all of it on one page that needs no network, with the worst errors and where the model looked; its
+                    pictures lie in examples/. It holds ids and pictures of the split
+    retrieval.json, diagnostics.json, embeddings/    where asked for
+With several models each has its folder, a, b, ..., and comparison.json holds the differences to a.
+--protocol published adds `published` to metrics.json (evaluation_fvlm/published_metrics.py says how it is counted).
 
 A scan whose mask lacks the organ is not scored; a scan whose label is unknown is not measured; both are counted.
 Research only, not for diagnosis.
 """
 
 import argparse
+import string
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from datasets import Dataset
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from evaluation_fvlm.diagnostics import diagnose
+from evaluation_fvlm.embedding import SplitTexts, embed_split_texts
+from evaluation_fvlm.embedding_files import StoredEmbeddings, save_embeddings
 from evaluation_fvlm.errors import EvaluationError
+from evaluation_fvlm.examples import collect_examples
+from evaluation_fvlm.html_report import write_report
+from evaluation_fvlm.model_index import write_model_index
 from evaluation_fvlm.prompts import default_cache
+from evaluation_fvlm.protocols import Protocol
 from evaluation_fvlm.published_metrics import format_published_table
-from evaluation_fvlm.results import format_table, library_versions, task_protocol, window_protocol, write_results
-from evaluation_fvlm.split import LEVELS, check_split_matches, open_split, read_manifest, select_scans
-from evaluation_fvlm.tasks import available_tasks, check_task_organs, load_task
+from evaluation_fvlm.results import (
+    compare_runs,
+    described,
+    format_comparison,
+    format_table,
+    library_versions,
+    remove_earlier_results,
+    task_protocol,
+    window_protocol,
+    write_results,
+)
+from evaluation_fvlm.retrieval import nearest_texts, retrieve
+from evaluation_fvlm.split import DUPLICATES, LEVELS, check_split_matches, choose_scans, open_split, read_manifest
+from evaluation_fvlm.tasks import Task, available_tasks, check_task_organs, load_task
+from evaluation_fvlm.thresholds import SOURCES
 from evaluation_fvlm.windows import WindowRule
-from evaluation_fvlm.zero_shot import evaluate_split
+from evaluation_fvlm.zero_shot import ZeroShotScores, evaluate_split
 from modeling_fvlm.configuration_fvlm import ATTENTIONS
 from modeling_fvlm.gemm import BACKENDS, BLAS, gemm_backend, pick_gemm_backend
 from modeling_fvlm.modeling_fvlm import load_whole_model, set_attention
@@ -51,22 +89,40 @@ from modeling_fvlm.processing_fvlm import FVLMProcessor
 
 # What a protocol sets where the command line does not; None: no default (tasks), the model's size (window_size).
 PROTOCOLS = {
-    "standard": {"tasks": None, "level": "scan", "window_size": None, "published_windows": False},
+    "standard": {
+        "tasks": None,
+        "level": "scan",
+        "window_size": None,
+        "published_windows": False,
+        "threshold": "cross_validation",
+    },
     "published": {
         "tasks": ["ct_rate_16"],
         "level": "reconstruction",
         "window_size": [112, 288, 352],
         "published_windows": True,
+        "threshold": "test_labels",
     },
 }
+NUM_RETRIEVAL_EXAMPLES = 4
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what is scored")
-    what.add_argument("--model", required=True, help="Folder or Hub id of a saved model with its processor.")
-    what.add_argument("--revision", help="Commit, tag or branch of a model on the Hub; the protocol names it.")
+    what.add_argument(
+        "--model",
+        required=True,
+        action="append",
+        help="Folder or Hub id of a saved model with its processor. Given again, the others are compared with the "
+        "first, on the same scans.",
+    )
+    what.add_argument(
+        "--revision",
+        action="append",
+        help="Commit, tag or branch of a model on the Hub; the protocol names it. With several models one for each.",
+    )
     what.add_argument("--data", required=True, help="Processed split: folder or Hub id (see python -m data_builders).")
     what.add_argument("--data_revision", help="Commit, tag or branch of a data set on the Hub.")
     what.add_argument("--split", default="validation", help="Split to score (default: %(default)s).")
@@ -74,9 +130,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--protocol",
         choices=PROTOCOLS,
         default="standard",
-        help="published: --tasks ct_rate_16 --level reconstruction --window_size 112 288 352 --published_windows, each "
-        "unless given, and the published metrics beside ours: threshold chosen on the test labels, absent organs "
-        "scored 0 (default: %(default)s).",
+        help="published: --tasks ct_rate_16 --level reconstruction --window_size 112 288 352 --published_windows "
+        "--threshold test_labels, each unless given, absent organs scored 0, and the published metrics beside ours "
+        "(default: %(default)s).",
     )
     what.add_argument(
         "--tasks",
@@ -91,7 +147,38 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="scan: the first reconstruction of every scan (default); reconstruction: all of them, as the published "
         "CT-RATE numbers count, though they repeat a patient.",
     )
+    what.add_argument(
+        "--duplicates",
+        choices=DUPLICATES,
+        default="keep",
+        help="drop: of one patient's rows with equal reports only the first is scored, for their labels are one "
+        "observation; dropped.csv names the others (default: %(default)s).",
+    )
     what.add_argument("--limit", type=int, help="Only the first so many rows: a quick look, no result.")
+    figures = parser.add_argument_group("how figures are made")
+    figures.add_argument(
+        "--threshold",
+        type=threshold_of,
+        metavar="SOURCE",
+        help="Where decision metrics (F1, accuracy, ...) take their threshold from: cross_validation (default: on the "
+        "other folds of patients), development (on --development_split), test_labels (as published: flatters), or a "
+        "number. AUC and average precision need none.",
+    )
+    figures.add_argument(
+        "--development_split",
+        metavar="NAME",
+        help="Split of other patients for --threshold development; scored like the other.",
+    )
+    figures.add_argument(
+        "--num_bootstraps",
+        type=int,
+        default=1000,
+        help="Resamples of patients for the 95 %% intervals; 0: no intervals (default: %(default)s).",
+    )
+    figures.add_argument(
+        "--num_folds", type=int, default=5, help="Of patients, for cross-validation (default: %(default)s)."
+    )
+    figures.add_argument("--seed", type=int, default=0, help="Of resamples and folds (default: %(default)s).")
     windows = parser.add_argument_group("how organs are shown to the network")
     windows.add_argument(
         "--window_size",
@@ -113,6 +200,43 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "forwards (default: every organ in the middle of its own window; equal windows are computed once in any case). "
         "Every organ stays whole, but its surroundings change, and so do the scores; metrics.json says so. Not with "
         "published windows.",
+    )
+    beside = parser.add_argument_group("beside the scores")
+    beside.add_argument(
+        "--retrieval",
+        action="store_true",
+        help="Does a report find its volume, a volume its report, an organ its sentences? R@k, median rank and MRR, "
+        "with chance beside. Embeds every organ and the split's texts.",
+    )
+    beside.add_argument(
+        "--diagnostics",
+        action="store_true",
+        help="Alignment, uniformity, effective rank, modality gap and collapse of texts, per organ; attention against "
+        "mean pooling of the same tokens. Embeds every organ and the split's texts.",
+    )
+    beside.add_argument(
+        "--save_embeddings",
+        action="store_true",
+        help="Write the embeddings to OUT/embeddings as Parquet, so that probes, retrieval and diagnostics need no "
+        "second pass (python -m evaluation_fvlm --help). Embeds every organ and the split's texts.",
+    )
+    beside.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Draw report.html; a forward for each of up to 18 cases (default: draw it).",
+    )
+    beside.add_argument(
+        "--show_text",
+        action="store_true",
+        help="Let sentences of the split's reports into report.html and into what it is drawn from, and into the saved "
+        "embeddings (default: no sentence leaves the split).",
+    )
+    beside.add_argument(
+        "--update_card",
+        action="store_true",
+        help="Write the results into the README.md of the model's folder, into its model-index and its text, in place "
+        "of earlier ones of the same prompt set and data (default: leave the model as it is).",
     )
     running = parser.add_argument_group("running")
     running.add_argument("--out", required=True, type=Path, help="Folder for the results; made if missing.")
@@ -169,10 +293,53 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         )
     if args.tasks is None:
         parser.error("the following arguments are required: --tasks (only --protocol published brings its own).")
+    args.revision = args.revision or [None] * len(args.model)
+    if len(args.revision) != len(args.model):
+        parser.error(f"--revision: {len(args.revision)} for {len(args.model)} models; give one for each, or none.")
+    if len(args.model) > len(string.ascii_lowercase):
+        parser.error(f"--model: {len(args.model)} models; compare at most {len(string.ascii_lowercase)} in one run.")
+    if (args.threshold == "development") != (args.development_split is not None):
+        parser.error("--threshold development and --development_split NAME belong together: give both or neither.")
     for name in ("batch_size", "num_workers", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} must be at least 1.")
     return args
+
+
+def threshold_of(text: str) -> str | float:
+    """A source of thresholds, or a number."""
+    if text in SOURCES:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor one of {', '.join(SOURCES)}.") from None
+
+
+@dataclass
+class Data:
+    """The rows of a split that are scored, and what must be said of them."""
+
+    dataset: Dataset
+    dropped: pd.DataFrame  # the other rows, with the reason
+    development: Dataset | None
+    settings: dict  # how the split was built
+    warnings: list[str]
+
+
+@dataclass
+class ModelRun:
+    """What became of one model."""
+
+    path: str
+    model: PreTrainedModel
+    folder: Path
+    scores: ZeroShotScores
+    development: ZeroShotScores | None
+    figures: Protocol
+    metrics: dict  # the content of metrics.json
+    parts: dict[str, dict]  # retrieval, diagnostics
+    paths: list[Path]  # files written
 
 
 def load_model(path: str, revision: str | None, device: str) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -267,81 +434,175 @@ def protocol_warnings(args: argparse.Namespace, settings: dict) -> list[str]:
     return warnings
 
 
-def run(args: argparse.Namespace) -> dict:
-    """The evaluation of one command line; returns the content of metrics.json."""
-    start = time.perf_counter()
-    # What can be wrong in a file is found before weights or volumes are loaded.
-    tasks = [load_task(task) for task in args.tasks]
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise EvaluationError(
-            f"--tasks {args.tasks}: two prompt sets share a name ({names}); results are kept by name."
-        )
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = load_model(args.model, args.revision, device)
+def check_model(args: argparse.Namespace, model: PreTrainedModel, tasks: list[Task], manifest: dict) -> None:
+    """Refuse a model that cannot answer the tasks, or of another kind than the split, before anything runs.
+
+    Raises:
+        EvaluationError: If so.
+    """
     set_checked_attention(model, args.attn_implementation, args.dtype)
     for task in tasks:
         check_task_organs(task, model.config.organs)
-    vision = model.config.vision_config
-    rule = WindowRule(
+    window_rule(args, model.config)
+    check_split_matches(manifest, model.config, args.data)
+
+
+def open_data(args: argparse.Namespace, settings: dict) -> Data:
+    """The rows to score.
+
+    Args:
+        settings: How the split was built, from its manifest.
+
+    Raises:
+        EvaluationError: If there is no such split, or it shares patients with the development split.
+    """
+    warnings = protocol_warnings(args, settings)
+    for warning in warnings:  # before the long part, and with --quiet too
+        print(f"WARNING: {warning}", file=sys.stderr)
+    rows = open_split(args.data, args.split, args.data_revision)
+    dataset, dropped = choose_scans(rows, args.level, duplicates=args.duplicates, limit=args.limit)
+    development = None
+    if args.development_split is not None:
+        rows = open_split(args.data, args.development_split, args.data_revision)
+        development, _ = choose_scans(rows, args.level, duplicates=args.duplicates)
+        shared = sorted(set(dataset["patient_id"]) & set(development["patient_id"]))
+        if shared:
+            raise EvaluationError(
+                f"--development_split {args.development_split}: {len(shared)} of its patients are in '{args.split}' "
+                f"too (first: {shared[0]}); thresholds may not be chosen on the patients that they are judged by."
+            )
+    return Data(dataset, dropped, development, settings, warnings)
+
+
+def window_rule(args: argparse.Namespace, config: PreTrainedConfig) -> WindowRule:
+    vision = config.vision_config
+    return WindowRule(
         tuple(args.window_size or vision.volume_size),
         tuple(vision.patch_size),
         published=bool(args.published_windows),
         shared=args.shared_windows,
     )
-    prompt_cache = args.prompt_cache
-    if prompt_cache is None and not args.no_prompt_cache and torch.device(device).type == "cpu":
-        prompt_cache = default_cache()
-    manifest = read_manifest(args.data, args.data_revision)
-    check_split_matches(manifest, model.config, args.data)
-    warnings = protocol_warnings(args, manifest["settings"])
-    for warning in warnings:  # before the long part, and with --quiet too
-        print(f"WARNING: {warning}", file=sys.stderr)
-    dataset = select_scans(open_split(args.data, args.split, args.data_revision), args.level, args.limit)
 
-    backend, gemm_check = gemm_backend_of(args, model)
-    if gemm_check is not None:
-        print(gemm_check, file=sys.stderr)
-    with gemm_backend(backend or BLAS):
-        scores = evaluate_split(
-            model,
-            processor,
-            dataset,
-            tasks,
-            batch_size=args.batch_size,
-            rule=rule,
-            num_workers=args.num_workers,
-            dtype=DTYPES[args.dtype],
-            progress=not args.quiet,
-            prompt_cache=prompt_cache,
-        )
-    published = args.protocol == "published"
-    protocol = {
+
+def score(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    tasks: list[Task],
+    *,
+    for_more: bool,
+) -> ZeroShotScores:
+    """The scores of one model on chosen rows; `for_more`: with all embeddings that retrieval and the like want."""
+    prompt_cache = args.prompt_cache
+    if prompt_cache is None and not args.no_prompt_cache and model.device.type == "cpu":
+        prompt_cache = default_cache()
+    return evaluate_split(
+        model,
+        processor,
+        dataset,
+        tasks,
+        batch_size=args.batch_size,
+        rule=window_rule(args, model.config),
+        num_workers=args.num_workers,
+        dtype=DTYPES[args.dtype],
+        progress=not args.quiet,
+        prompt_cache=prompt_cache,
+        every_organ=for_more,
+        with_volume=for_more,
+        with_mean_pooling=for_more and (args.diagnostics or args.save_embeddings),
+    )
+
+
+def measure_embeddings(args: argparse.Namespace, scores: ZeroShotScores, texts: SplitTexts) -> dict[str, dict]:
+    """What was asked of the embeddings themselves, by name."""
+    stored = StoredEmbeddings(scores.embeddings, texts, scores.prompt_embeds, {"logit_scale": scores.logit_scale})
+    parts = {}
+    options = {"num_bootstraps": args.num_bootstraps, "seed": args.seed}
+    if args.retrieval:
+        parts["retrieval"] = retrieve(stored.embeddings, texts, **options)
+        if args.show_text:
+            rows = range(min(NUM_RETRIEVAL_EXAMPLES, len(stored.embeddings.scans)))
+            parts["retrieval"]["examples"] = nearest_texts(stored.embeddings, texts, rows)
+    if args.diagnostics:
+        parts["diagnostics"] = diagnose(stored, task=scores.tasks[0], with_probe=False, **options)
+    return parts
+
+
+def figures_protocol(args: argparse.Namespace, scores: ZeroShotScores | None = None) -> tuple[Protocol, list[str]]:
+    """The protocol of the figures as the command line has it, and what has to be said of it.
+
+    Cross-validation by default, not by wish, gives way where `scores` have too few patients for it.
+    """
+    protocol = Protocol(
+        level=args.level,
+        threshold=args.threshold,
+        absent="zero" if args.protocol == "published" else "excluded",
+        duplicates=args.duplicates,
+        num_bootstraps=args.num_bootstraps,
+        num_folds=args.num_folds,
+        seed=args.seed,
+    )
+    if scores is None or args.threshold != "cross_validation" or args.set_by["threshold"] == "command line":
+        return protocol, []
+    counted = scores.frame[scores.frame["score"].notna() & scores.frame["label"].notna()]
+    num_patients = min((len(set(rows["patient_id"])) for _, rows in counted.groupby("task")), default=0)
+    if num_patients >= args.num_folds:
+        return protocol, []
+    warning = (
+        f"{num_patients} patients with a score and a label are too few for thresholds from {args.num_folds} folds: the "
+        "threshold is 0.5. Set --threshold or --num_folds."
+    )
+    return replace(protocol, threshold=0.5), [warning]
+
+
+def protocol_of(
+    args: argparse.Namespace,
+    number: int,
+    model: PreTrainedModel,
+    data: Data,
+    scores: ZeroShotScores,
+    figures: Protocol,
+    warnings: list[str],
+    backend: tuple[str | None, str | None],
+) -> dict:
+    """Everything that a reader needs to get the same numbers."""
+    return {
         "name": args.protocol,
         "set_by": args.set_by,
-        "tasks": [task_protocol(task) for task in tasks],
-        "model": {"path": args.model, "revision": args.revision, "commit": getattr(model.config, "_commit_hash", None)},
+        "tasks": [task_protocol(task) for task in scores.tasks],
+        "model": {
+            "path": args.model[number],
+            "revision": args.revision[number],
+            "commit": getattr(model.config, "_commit_hash", None),
+        },
         "data": {
             "path": args.data,
             "revision": args.data_revision,
             "split": args.split,
-            "preprocessing": manifest["settings"].get("preprocessing", "standard"),
-            "reconstructions": manifest["settings"].get("options", {}).get("reconstructions"),  # None: not told
+            "development_split": args.development_split,
+            "preprocessing": data.settings.get("preprocessing", "standard"),
+            "reconstructions": data.settings.get("options", {}).get("reconstructions"),  # None: not told
         },
-        "level": level_name(args.level, manifest["settings"]),
+        "level": level_name(args.level, data.settings),
+        "duplicates": figures.duplicates,
+        "dropped_rows": data.dropped["reason"].value_counts().to_dict(),
+        "figures": described(figures),
         "warnings": warnings,
         "limit": args.limit,
         "organs": {"set": model.config.organ_set, "names": list(model.config.organs)},
-        "windows": window_protocol(rule, scores),
+        "windows": window_protocol(window_rule(args, model.config), scores),
         "prompt_embeddings": "read from the prompt cache" if scores.prompts_are_cached else "computed",
         "score": "mean over prompt pairs of softmax([negative, positive] / temperature)",
         "temperature": 1.0 / scores.logit_scale,
-        "absent_organs": "not scored; counted as 0 under `published`" if published else "not scored",
+        "absent_organs": "not scored; counted as 0 under `published` and `evaluation`"
+        if args.protocol == "published"
+        else "not scored",
         "incomplete_organs": "scored",
         "device": str(model.device),
         "dtype": args.dtype,
-        "gemm_backend": backend,
-        "gemm_check": gemm_check,
+        "gemm_backend": backend[0],
+        "gemm_check": backend[1],
         "attention": {
             "image": model.vision_model.config._attn_implementation,
             "text": model.text_model.config._attn_implementation,
@@ -349,20 +610,128 @@ def run(args: argparse.Namespace) -> dict:
         "batch_size": args.batch_size,
         "versions": library_versions(),
     }
-    metrics, paths = write_results(scores, protocol, args.out, published=published)
+
+
+def evaluate_model(
+    args: argparse.Namespace, number: int, loaded: tuple, data: Data, tasks: list[Task], folder: Path
+) -> ModelRun:
+    """Score one of the models and write its results."""
+    start = time.perf_counter()
+    model, processor = loaded
+    backend = gemm_backend_of(args, model)
+    if backend[1] is not None:
+        print(backend[1], file=sys.stderr)
+    for_more = args.retrieval or args.diagnostics or args.save_embeddings
+    development = texts = None
+    with gemm_backend(backend[0] or BLAS):
+        scores = score(args, model, processor, data.dataset, tasks, for_more=for_more)
+        if data.development is not None:
+            development = score(args, model, processor, data.development, tasks, for_more=False)
+        if for_more:
+            texts = embed_split_texts(
+                model, processor.tokenizer, data.dataset, dtype=DTYPES[args.dtype], progress=not args.quiet
+            )
+    figures, warnings = figures_protocol(args, scores)
+    for warning in warnings:
+        print(f"WARNING: {warning}", file=sys.stderr)
+    protocol = protocol_of(args, number, model, data, scores, figures, data.warnings + warnings, backend)
+    saved = []
+    if args.save_embeddings:
+        info = {"logit_scale": scores.logit_scale, "protocol": protocol}
+        kept = {"text": texts, "prompts": scores.prompt_embeds, "keep_texts": args.show_text}
+        saved.append(save_embeddings(folder / "embeddings", scores.embeddings, info=info, **kept))
+    parts = measure_embeddings(args, scores, texts) if for_more else {}
+    metrics, paths = write_results(
+        scores,
+        protocol,
+        folder,
+        published=args.protocol == "published",
+        dropped=data.dropped,
+        evaluation=figures,
+        development=development,
+        parts=parts,
+    )
     if not args.quiet:
-        print(format_table(metrics))
-        for name, others in metrics["other_tasks"].items():
-            print(f"\n{name}\n{format_table(others)}")
-        for name, summary in {metrics["task"]: metrics, **metrics["other_tasks"]}.items() if published else ():
-            print(f"\n{name}, published metrics\n{format_published_table(summary['published'])}")
+        print_tables(args, number, metrics)
     print(
         f"{metrics['num_reconstructions']} volumes in {time.perf_counter() - start:.1f} s "
-        f"({scores.embeddings.num_windows} windows in {scores.embeddings.num_batches} batches on {device}). Written:"
+        f"({scores.embeddings.num_windows} windows in {scores.embeddings.num_batches} batches on {model.device})."
     )
+    return ModelRun(args.model[number], model, folder, scores, development, figures, metrics, parts, [*paths, *saved])
+
+
+def print_tables(args: argparse.Namespace, number: int, metrics: dict) -> None:
+    if len(args.model) > 1:
+        print(f"\n{string.ascii_lowercase[number]}: {args.model[number]}")
+    print(format_table(metrics))
+    for name, others in metrics["other_tasks"].items():
+        print(f"\n{name}\n{format_table(others)}")
+    if args.protocol == "published":
+        for name, summary in {metrics["task"]: metrics, **metrics["other_tasks"]}.items():
+            print(f"\n{name}, published metrics\n{format_published_table(summary['published'])}")
+
+
+def draw_report(args: argparse.Namespace, run: ModelRun, data: Data, comparisons: list[dict]) -> Path:
+    """report.html of one model, with the cases that are worth a look."""
+    examples = collect_examples(
+        run.model,
+        data.dataset,
+        run.scores.frame,
+        run.folder,
+        rule=window_rule(args, run.model.config),
+        with_text=args.show_text,
+    )
+    results = run.metrics | run.parts | ({"comparisons": comparisons} if comparisons else {})
+    return write_report(run.folder, results, frame=run.scores.frame, examples=examples, show_text=args.show_text)
+
+
+def run(args: argparse.Namespace) -> list[ModelRun]:
+    """The evaluation of one command line, model by model."""
+    # What can be wrong in a file or an option is found before weights or volumes are loaded.
+    tasks = [load_task(task) for task in args.tasks]
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise EvaluationError(
+            f"--tasks {args.tasks}: two prompt sets share a name ({names}); results are kept by name."
+        )
+    figures_protocol(args)
+    for path in args.model if args.update_card else ():
+        if not Path(path).is_dir():
+            raise EvaluationError(
+                f"--update_card: {path} is no folder on this machine. Leave it out, and write the results into a copy "
+                "with `python -m evaluation_fvlm card --results OUT --model COPY`."
+            )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = [load_model(path, revision, device) for path, revision in zip(args.model, args.revision)]
+    manifest = read_manifest(args.data, args.data_revision)
+    for path, (model, _) in zip(args.model, loaded):
+        try:
+            check_model(args, model, tasks, manifest)
+        except EvaluationError as error:
+            raise EvaluationError(f"--model {path}: {error}") from error
+    data = open_data(args, manifest["settings"])
+
+    folders = [args.out]
+    if len(loaded) > 1:
+        folders = [args.out / letter for letter in string.ascii_lowercase[: len(loaded)]]
+        remove_earlier_results(args.out)  # of one model, or of another comparison
+    runs = [evaluate_model(args, n, loaded[n], data, tasks, folder) for n, folder in enumerate(folders)]
+    paths = [path for one in runs for path in one.paths]
+    comparisons = []
+    if len(runs) > 1:
+        scored = [(one.path, one.scores, one.development) for one in runs]
+        comparisons, path = compare_runs(scored, runs[0].figures, args.out)
+        paths.append(path)
+        for comparison in () if args.quiet else comparisons:
+            print(f"\n{comparison['task']}: a {comparison['a']}, b {comparison['b']}\n{format_comparison(comparison)}")
+    if args.update_card:
+        paths += [write_model_index(one.path, one.metrics, retrieval=one.parts.get("retrieval")) for one in runs]
+    if args.report:
+        paths += [draw_report(args, one, data, comparisons) for one in runs]
+    print("Written:")
     for path in paths:
         print(f"  {path}")
-    return metrics
+    return runs
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -52,6 +52,7 @@ class ZeroShotScores:
     prompts_are_cached: bool = False  # their embeddings were read from a cache, not computed
     # (task, finding) -> (scans, wordings), the probability of every pair of `Item.wordings`; NaN as in `frame`.
     by_wording: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    prompt_embeds: dict[str, np.ndarray] = field(default_factory=dict)  # sentence -> (dim,)
 
     @property
     def seconds(self) -> float:
@@ -70,6 +71,9 @@ def evaluate_split(
     dtype: torch.dtype | None = None,
     progress: bool = False,
     prompt_cache: Path | None = None,
+    every_organ: bool = False,
+    with_volume: bool = False,
+    with_mean_pooling: bool = False,
 ) -> ZeroShotScores:
     """Score every finding of every task on every row of a processed split.
 
@@ -81,6 +85,8 @@ def evaluate_split(
         batch_size, rule, num_workers, dtype, progress: As for `embedding.embed_split`.
         prompt_cache: Folder of prompt embeddings, see `prompts.embed_prompts`. None, the default, keeps none: during
             training every evaluation has weights of its own.
+        every_organ: Embed the organs that no task asks for as well; only with shared windows does it move scores.
+        with_volume, with_mean_pooling: As for `embedding.embed_split`.
 
     Raises:
         EvaluationError: Before any forward, if a task asks for an organ the model lacks, or the split labels none of
@@ -91,7 +97,7 @@ def evaluate_split(
     findings = {label["finding"] for labels in dataset["labels"] for label in labels or []}
     unlabelled = {task.name: check_task_labels(task, findings) for task in tasks}
     asked = {item.organ for task in tasks for item in task.items}
-    organs = [organ for organ in model.config.organs if organ in asked]
+    organs = [organ for organ in model.config.organs if every_organ or organ in asked]
     tokenizer = getattr(processor, "tokenizer", processor)
     prompts = list(dict.fromkeys(prompt for task in tasks for prompt in task.prompts))
     prompt_embeds = embed_prompts(model, tokenizer, prompts, dtype=dtype, cache=prompt_cache)  # (1)
@@ -104,6 +110,8 @@ def evaluate_split(
         num_workers=num_workers,
         dtype=dtype,
         progress=progress,
+        with_volume=with_volume,
+        with_mean_pooling=with_mean_pooling,
     )
     logit_scale = 1.0 / model.temperature.value.item()  # as it stands: it is put into its limits in training only
     if not np.isfinite(logit_scale):
@@ -121,6 +129,7 @@ def evaluate_split(
             for task in tasks
             for item in task.items
         },
+        prompt_embeds=prompt_embeds.by_prompt,
     )
 
 

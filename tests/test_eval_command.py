@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,18 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from evaluation_samples import TASK, tiny_dataset, tiny_model, tiny_rows, tiny_tokenizer, write_tiny_split
+from evaluation_samples import ORGANS, TASK, tiny_dataset, tiny_model, tiny_rows, tiny_tokenizer, write_tiny_split
 from safetensors.torch import load_file, save_file
 
 import eval_fvlm
 from evaluation_fvlm import results
+from evaluation_fvlm.embedding_files import load_embeddings
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.metrics import summarize
 from evaluation_fvlm.plots import plot_auc_bars, plot_roc_curves
 from evaluation_fvlm.published_metrics import published_finding_metrics
 from evaluation_fvlm.tasks import load_task
-from evaluation_fvlm.zero_shot import evaluate_split
+from evaluation_fvlm.zero_shot import evaluate_split, score_task
 from modeling_fvlm import gemm
 from modeling_fvlm.gemm import BLAS, ONEDNN, GemmCheck, GemmChoice
 from modeling_fvlm.pipeline_fvlm import save_for_hub
@@ -44,8 +46,11 @@ def workplace(tmp_path_factory) -> Path:
 
 def arguments(workplace: Path, out: Path, **options) -> list[str]:
     given = {"model": workplace / "model", "data": workplace / "data", "tasks": workplace / "task.yaml", "out": out}
-    given |= {"device": "cpu"} | options
-    return [str(part) for name, value in given.items() for part in ([f"--{name}", *np.atleast_1d(value)])]
+    given |= {"device": "cpu", "num_bootstraps": 20} | options
+    return [
+        "--no-report",
+        *(str(part) for name, value in given.items() for part in ([f"--{name}", *np.atleast_1d(value)])),
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +83,15 @@ def test_command_writes_what_it_promises(workplace, tmp_path, capsys):
         metrics["per_finding"]["Nodule"]
     )
     assert metrics["findings_without_labels"] == ["Small heart"]
+    figures = metrics["evaluation"]
+    assert figures["per_finding"].keys() == summary["per_finding"].keys()
+    for finding, known in summary["per_finding"].items():
+        assert figures["per_finding"][finding]["auc"]["value"] == pytest.approx(known["auc"], abs=1e-6), finding
+    assert figures["macro_auc"] == pytest.approx(summary["macro_auc"])
+    nodule = metrics["per_finding"]["Nodule"]["wording"]
+    assert nodule["num_wordings"] == 2 and [pair["in_score"] for pair in nodule["pairs"]] == [True, True]
+    assert metrics["per_finding"]["Big heart"]["wording"] is None  # one pair
+    assert metrics["wording"]["num_findings"] == 1
     assert (metrics["num_patients"], metrics["num_scans"], metrics["num_reconstructions"]) == (3, 5, 5)
 
     protocol = metrics["protocol"]
@@ -89,6 +103,180 @@ def test_command_writes_what_it_promises(workplace, tmp_path, capsys):
         assert (tmp_path / "eval" / name).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "macro AUC" in printed and "metrics.json" in printed and "not measured: no scan" in printed
+    assert "AUC by wording" in printed and "wording: best and worst" in printed and "AUC, 95 %" in printed
+
+
+def test_what_is_not_measured_is_named_case_by_case(workplace, tmp_path):
+    """Rows that were not chosen, organs that a mask lacks, labels that are unknown, findings without any label."""
+    assert eval_fvlm.main([*arguments(workplace, tmp_path / "eval", limit=4), "--quiet"]) == 0
+    dropped = pd.read_csv(tmp_path / "eval" / "dropped.csv", keep_default_na=False)
+    assert dropped.columns.tolist() == ["patient_id", "scan_id", "recon_id", "task", "finding", "reason"]
+    rows = dropped[dropped["finding"] == ""].set_index("recon_id")["reason"].to_dict()
+    assert rows == {"valid_2_a_1": "beyond --limit", "valid_0_a_2": "another reconstruction of the scan is scored"}
+    findings = {tuple(row) for row in dropped[dropped["finding"] != ""][["recon_id", "finding", "reason"]].to_numpy()}
+    assert findings == {
+        ("valid_0_b_1", "Big heart", "organ absent from the mask"),
+        ("valid_0_a_1", "Big aorta", "organ absent from the mask"),
+        ("valid_1_b_1", "Big aorta", "organ absent from the mask"),
+        ("valid_1_b_1", "Big heart", "label unknown"),
+        ("", "Small heart", "no row of the split has a label for this finding"),
+    }
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    counted = {reason: sum(reason == one[2] for one in findings) for reason in ("organ absent from the mask",)}
+    small_heart = metrics["per_finding"]["Small heart"]["excluded"].get("organ absent from the mask", 0)
+    assert metrics["excluded"]["organ absent from the mask"] - small_heart == counted["organ absent from the mask"]
+    assert metrics["protocol"]["dropped_rows"] == dict.fromkeys(rows.values(), 1)
+    assert metrics["evaluation"]["dropped_cases"] == {
+        reason: {"count": 1, "cases": [recon_id]} for recon_id, reason in rows.items()
+    }
+
+
+def test_equal_reports_of_a_patient_are_dropped_if_asked(workplace, tmp_path, capsys):
+    reports = ["A", "A ", "B", "C", "B"]  # the two scans of the first patient; scans of two other patients
+    rows = [row | {"findings": text, "impression": ""} for row, text in zip(tiny_rows(), reports)]
+    write_tiny_split(tmp_path / "data", rows)
+    options = {"data": tmp_path / "data", "duplicates": "drop"}
+    assert eval_fvlm.main([*arguments(workplace, tmp_path / "eval", **options), "--quiet"]) == 0
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["num_scans"] == 4 and metrics["protocol"]["duplicates"] == "drop"
+    for protocol in (metrics["protocol"]["figures"], metrics["evaluation"]["protocol"]):
+        assert protocol["in_words"]["duplicates"] == "of one patient's rows with equal reports the first"
+    assert metrics["protocol"]["dropped_rows"] == {"report equal to that of an earlier scan of the patient": 1}
+    assert pd.read_csv(tmp_path / "eval" / "dropped.csv")["recon_id"][0] == "valid_0_b_1"
+    capsys.readouterr()
+    assert eval_fvlm.main(arguments(workplace, tmp_path / "none", duplicates="drop")) == 1
+    assert "the split has neither the column 'findings' nor 'impression'" in capsys.readouterr().err
+
+
+def test_thresholds_come_from_where_the_command_says(workplace, tmp_path, capsys):
+    train = [
+        row | {name: f"train_{row[name]}" for name in ("patient_id", "scan_id", "recon_id")} for row in tiny_rows()
+    ]
+    write_tiny_split(tmp_path / "data", train=train)
+
+    def run(name: str, *flags: str) -> tuple[dict, str]:
+        given = arguments(workplace, tmp_path / name, data=tmp_path / "data")
+        assert eval_fvlm.main([*given, "--quiet", *flags]) == 0
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        return metrics, capsys.readouterr().err
+
+    metrics, printed = run("default")
+    assert "3 patients with a score and a label are too few for thresholds from 5 folds" in printed
+    assert metrics["evaluation"]["protocol"]["threshold"] == 0.5 and metrics["protocol"]["warnings"]
+    metrics, printed = run("folds", "--num_folds", "2")
+    assert metrics["evaluation"]["protocol"]["threshold"] == "cross_validation" and "WARNING" not in printed
+    assert metrics["protocol"]["figures"]["num_bootstraps"] == 20
+    on_test, _ = run("test", "--threshold", "test_labels")
+    assert "on the test labels" in on_test["protocol"]["figures"]["in_words"]["threshold"]
+    number, _ = run("number", "--threshold", "0.25")
+    assert number["evaluation"]["per_finding"]["Nodule"]["threshold"]["value"] == 0.25
+    assert number["protocol"]["set_by"]["threshold"] == "command line"
+    # The development split holds the same scans under other names: the thresholds are those of the test labels.
+    metrics, _ = run("development", "--threshold", "development", "--development_split", "train")
+    assert metrics["protocol"]["data"]["development_split"] == "train"
+    youden, _ = run("same", "--threshold", "0.5")
+    assert (
+        metrics["evaluation"]["per_finding"]["Nodule"]["youden"]["value"]
+        >= (youden["evaluation"]["per_finding"]["Nodule"]["youden"]["value"])
+    )
+    assert {m["per_finding"]["Nodule"]["auc"] for m in (metrics, number, on_test, youden)} == {
+        metrics["per_finding"]["Nodule"]["auc"]
+    }
+
+    given = arguments(workplace, tmp_path / "no", data=tmp_path / "data")
+    for flags, message in (
+        (["--threshold", "development"], "belong together: give both or neither"),
+        (["--development_split", "train"], "belong together: give both or neither"),
+        (["--threshold", "youden"], "'youden' is neither a number nor one of cross_validation"),
+    ):
+        with pytest.raises(SystemExit):
+            eval_fvlm.main([*given, *flags])
+        assert message in capsys.readouterr().err
+    flags = ["--threshold", "development", "--development_split", "validation"]
+    assert eval_fvlm.main([*given, *flags]) == 1
+    assert "3 of its patients are in 'validation' too (first: valid_0)" in capsys.readouterr().err
+    assert eval_fvlm.main([*given, "--num_bootstraps", "-1"]) == 1
+    assert "num_bootstraps -1 must be at least 0" in capsys.readouterr().err
+
+
+def test_everything_that_is_measured_comes_out_of_one_run(workplace, tmp_path, capsys):
+    """Retrieval, diagnostics, embeddings, the page and the model's card, of two models that are compared."""
+    rows = []
+    for n, row in enumerate(tiny_rows()):
+        captions = [
+            {"organ": organ, "caption": f"{organ} {n}.", "is_abnormal": True, "is_mentioned": True} for organ in ORGANS
+        ]
+        rows.append(row | {"captions": captions, "findings": f"Nodule {n} seen.", "impression": ""})
+    write_tiny_split(tmp_path / "data", rows)
+    shutil.copytree(workplace / "model", tmp_path / "model")
+    given = arguments(workplace, tmp_path / "out", model=tmp_path / "model", data=tmp_path / "data", num_folds=2)
+    flags = ["--retrieval", "--diagnostics", "--save_embeddings", "--report", "--update_card", "--no_prompt_cache"]
+    assert eval_fvlm.main([*given, "--model", str(workplace / "model"), *flags[:4], flags[5], "--quiet"]) == 0
+    out = tmp_path / "out" / "a"
+    retrieval, diagnostics = (json.loads((out / f"{name}.json").read_text()) for name in ("retrieval", "diagnostics"))
+    assert retrieval["global"]["num_pairs"] == 5 and set(retrieval["per_organ"]) == set(ORGANS)
+    assert "examples" not in retrieval, "sentences of reports are asked for with --show_text"
+    assert diagnostics["pooling"]["zero_shot"]["per_finding"].keys() == {item["finding"] for item in TASK["items"]}
+    stored = load_embeddings(out / "embeddings")
+    assert stored.embeddings.organs == ORGANS and stored.embeddings.is_present.sum() == 11
+    assert stored.info["protocol"]["tasks"][0]["name"] == "tiny" and stored.embeddings.volume_embeds is not None
+    frame = score_task(load_task(workplace / "task.yaml"), stored.embeddings, stored.prompt_embeds, 2.0)
+    written = pd.read_csv(out / "scores.csv")
+    np.testing.assert_allclose(frame["score"].to_numpy(float), written["score"], rtol=1e-5)
+    pages = [(tmp_path / "out" / letter / "report.html").read_text() for letter in "ab"]
+    assert all("Retrieval" in page and "DeLong" in page and "Nodule 3 seen" not in page for page in pages)
+    examples = json.loads((out / "examples" / "examples.json").read_text())
+    assert examples and all((out / example["picture"]).is_file() and "text" not in example for example in examples)
+    assert (
+        not (tmp_path / "model" / "README.md").is_file()
+        or "roc_auc" not in (tmp_path / "model" / "README.md").read_text()
+    )
+
+    # One model, without the page, with sentences and the card; what the other run left is gone.
+    shutil.copytree(out, tmp_path / "one")
+    given = arguments(workplace, tmp_path / "one", model=tmp_path / "model", data=tmp_path / "data", num_folds=2)
+    capsys.readouterr()
+    assert eval_fvlm.main([*given, "--retrieval", "--update_card", "--show_text", "--quiet"]) == 0
+    assert "README.md" in capsys.readouterr().out
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "tiny: macro AUC, zero-shot" in card and "recall@5" in card
+    retrieval = json.loads((tmp_path / "one" / "retrieval.json").read_text())
+    assert retrieval["examples"][0]["text"] == "Nodule 0 seen."
+    for name in ("report.html", "diagnostics.json", "examples/examples.json"):
+        assert not (tmp_path / "one" / name).exists(), name
+    assert eval_fvlm.main([*given, "--model", "someone/model", "--update_card"]) == 1
+    assert "--update_card: someone/model is no folder" in capsys.readouterr().err
+
+
+def test_two_models_are_compared_on_the_same_scans(workplace, tmp_path, capsys):
+    other = tiny_model(seed=1)
+    save_for_hub(other, FVLMProcessor.from_config(other.config, tiny_tokenizer()), tmp_path / "other")
+    given = arguments(workplace, tmp_path / "out")
+    assert eval_fvlm.main([*given, "--model", str(tmp_path / "other")]) == 0
+    printed = capsys.readouterr().out
+    assert "p DeLong" in printed and "macro AUC" in printed and "comparison.json" in printed
+    metrics = [json.loads((tmp_path / "out" / name / "metrics.json").read_text()) for name in "ab"]
+    assert [entry["protocol"]["model"]["path"] for entry in metrics] == [
+        str(workplace / "model"),
+        str(tmp_path / "other"),
+    ]
+    (comparison,) = json.loads((tmp_path / "out" / "comparison.json").read_text())["comparisons"]
+    assert (comparison["task"], comparison["a"], comparison["b"]) == (
+        "tiny",
+        str(workplace / "model"),
+        str(tmp_path / "other"),
+    )
+    for finding in ("Nodule", "Big heart"):
+        auc = comparison["per_finding"][finding]["auc"]
+        assert [auc["a"], auc["b"]] == pytest.approx([entry["per_finding"][finding]["auc"] for entry in metrics])
+        assert auc["difference"]["value"] == pytest.approx(auc["b"] - auc["a"])
+    assert metrics[0]["per_finding"]["Nodule"] != metrics[1]["per_finding"]["Nodule"]
+    # A later run of one model leaves no comparison behind.
+    assert eval_fvlm.main([*arguments(workplace, tmp_path / "out"), "--quiet"]) == 0
+    assert not (tmp_path / "out" / "comparison.json").exists()
+    with pytest.raises(SystemExit):
+        eval_fvlm.main([*given, "--model", str(tmp_path / "other"), "--revision", "main"])
+    assert "--revision: 1 for 2 models" in capsys.readouterr().err
 
 
 def test_options_reach_the_evaluation(workplace, tmp_path):
@@ -218,7 +406,13 @@ def test_published_protocol_through_the_command(workplace, tmp_path, capsys):
     assert protocol["windows"]["size"] == [112, 288, 352] and protocol["windows"]["rule"] == "published"
     assert protocol["data"]["preprocessing"] == "standard" and "counted as 0" in protocol["absent_organs"]
     assert protocol["set_by"].pop("tasks") == "command line" and set(protocol["set_by"].values()) == {"protocol"}
-    assert len(protocol["set_by"]) == 3
+    assert len(protocol["set_by"]) == 4
+    figures = metrics["evaluation"]
+    assert figures["protocol"]["threshold"] == "test_labels" and figures["protocol"]["absent"] == "zero"
+    for finding, counted in published["per_finding"].items():
+        if counted["auc"] is not None:
+            for ours, theirs in (("auc", "auc"), ("weighted_f1", "weighted_f1"), ("recall", "sensitivity")):
+                assert figures["per_finding"][finding][ours]["value"] == pytest.approx(counted[theirs], abs=1e-9)
 
     # The published file holds what scores.csv holds, in the published form.
     table = pd.read_csv(tmp_path / "published" / "published_scores.csv")
@@ -248,6 +442,7 @@ def test_published_protocol_through_the_command(workplace, tmp_path, capsys):
 
     # What the protocol sets gives way to the command line, and all of it together is the standard run.
     flags = ["--level", "scan", "--window_size", "4", "12", "32", "--no-published_windows"]
+    flags += ["--threshold", "cross_validation", "--num_folds", "2"]
     both, _ = run("both", "--protocol", "published", *flags)
     assert set(both["protocol"]["set_by"].values()) == {"command line"}
     standard, printed = run("standard")
@@ -255,7 +450,7 @@ def test_published_protocol_through_the_command(workplace, tmp_path, capsys):
     for key in ("per_finding", "num_reconstructions"):
         assert both[key] == standard[key] != metrics[key], key
     assert "published" not in standard and "published metrics" not in printed
-    assert not (tmp_path / "standard" / "published_scores.csv").exists()
+    assert (tmp_path / "standard" / "published_scores.csv").is_file()
 
 
 def test_nothing_of_an_earlier_run_stays(tmp_path, monkeypatch):
@@ -274,10 +469,10 @@ def test_nothing_of_an_earlier_run_stays(tmp_path, monkeypatch):
     assert (out / "roc_of_mine.png").is_file(), "no run has been here"
     (out / "roc_of_mine.png").rename(out / "my_roc.png")
     results.write_results(both, {"name": "published"}, out, published=True)
-    assert len(list(out.iterdir())) == 9 and (out / "published_scores_other.csv").is_file()
+    assert len(list(out.iterdir())) == 10 and (out / "published_scores_other.csv").is_file()
     results.write_results(one, {"name": "standard"}, out)
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["auc_bars.png", "metrics.json", "my_roc.png", "roc.png", "scores.csv"]
+        ["auc_bars.png", "dropped.csv", "metrics.json", "my_roc.png", "published_scores.csv", "roc.png", "scores.csv"]
     )
 
     def killed(frame, summary, path):
@@ -286,7 +481,8 @@ def test_nothing_of_an_earlier_run_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "plot_roc_curves", killed)
     with pytest.raises(KeyboardInterrupt):
         results.write_results(one, {"name": "third"}, out)
-    assert sorted(path.name for path in out.iterdir()) == ["my_roc.png", "scores.csv"]
+    left = ["dropped.csv", "my_roc.png", "published_scores.csv", "scores.csv"]
+    assert sorted(path.name for path in out.iterdir()) == left
 
 
 def test_a_split_that_is_not_what_the_protocol_says_is_told(workplace, tmp_path, monkeypatch, capsys):
@@ -295,7 +491,7 @@ def test_a_split_that_is_not_what_the_protocol_says_is_told(workplace, tmp_path,
         monkeypatch.setattr(results, name, lambda frame, summary, path: path.write_bytes(b"x"))
 
     def run(name: str, *flags: str, **options) -> tuple[dict, str]:
-        given = arguments(workplace, tmp_path / name, **options)
+        given = arguments(workplace, tmp_path / name, num_folds=2, **options)
         assert eval_fvlm.main([*given, "--quiet", *flags]) == 0
         return json.loads((tmp_path / name / "metrics.json").read_text())["protocol"], capsys.readouterr().err
 
@@ -371,6 +567,14 @@ def test_refusals_say_how_to_mend(workplace, tmp_path, capsys):
     with pytest.raises(SystemExit):
         eval_fvlm.main(["--model", "m", "--data", "d", "--out", "o"])
     assert "required: --tasks (only --protocol published brings its own)" in capsys.readouterr().err
+    # Of two models the one that is meant is named, and before the other has run.
+    renamed = tiny_model()
+    renamed.config.organs = ["lung", "heart", "liver"]
+    save_for_hub(renamed, FVLMProcessor.from_config(renamed.config, tiny_tokenizer()), tmp_path / "renamed")
+    assert eval_fvlm.main([*arguments(workplace, tmp_path / "out"), "--model", str(tmp_path / "renamed")]) == 1
+    printed = capsys.readouterr()
+    assert f"--model {tmp_path / 'renamed'}: task 'tiny', finding 'Big aorta': organ 'aorta' is not in" in printed.err
+    assert "scans" not in printed.err and not (tmp_path / "out").exists()
     # The published prompts ask for organs that this model lacks.
     places = ["--model", workplace / "model", "--data", workplace / "data", "--out", tmp_path / "out"]
     assert eval_fvlm.main([*map(str, places), "--device", "cpu", "--protocol", "published"]) == 1
@@ -402,4 +606,4 @@ def test_help_teaches(capsys):
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert "\n    python eval_fvlm.py --model runs/demo/model" in printed  # the docstring keeps its lines
-    assert "ct_rate_16, synthetic" in " ".join(printed.split())
+    assert "body_24_findings, ct_rate_16, ct_rate_18, rad_chest_ct_16, synthetic" in " ".join(printed.split())
