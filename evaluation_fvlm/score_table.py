@@ -240,7 +240,9 @@ def _drop_identical(file: _File) -> None:
             kept.append(n)
             continue
         other = file.rows[first]
-        differs = next((k for k, cell in enumerate(row) if k != name_index and cell != other[k]), None)
+        # A column without a heading is the row's number, as pandas writes it.
+        compared = [k for k, heading in enumerate(file.header) if heading and k != name_index]
+        differs = next((k for k in compared if row[k] != other[k]), None)
         if differs is not None:
             raise EvaluationError(
                 f"{file.where(n)}: this case has a row already, row {file.lines[first]}, and they differ: "

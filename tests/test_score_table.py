@@ -237,6 +237,9 @@ def test_identical_rows_are_dropped_and_counted(read):
     assert table.notes["identical_rows_dropped"] == 2
     assert len(table.frame) == 6
     pd.testing.assert_frame_equal(table.frame, read(PLAIN + ROWS).frame)
+    # As pandas writes it with its index.
+    numbered = pd.DataFrame({"file_name": ["valid_1_a_1"] * 2, "Nodule": [0.5, 0.5]}).to_csv()
+    assert read(numbered).notes["identical_rows_dropped"] == 1
 
 
 def test_rows_that_contradict_each_other_are_refused(read):
