@@ -18,7 +18,7 @@ from tiny_scan import AFFINE, AORTA, HEART, LUNG, tiny_config, tiny_scan, tiny_t
 import eval_fvlm
 from data_builders.__main__ import main as data_builders
 from modeling_fvlm import FVLMModel, FVLMProcessor, FVLMZeroShotPipeline, save_for_hub
-from modeling_fvlm.geometry import BadVolumeError
+from modeling_fvlm.geometry import AIR_HU, BadVolumeError
 from modeling_fvlm.organs import TOTALSEGMENTATOR_V1
 from modeling_fvlm.reading import mask_from_array, read_mask, volume_from_array
 from modeling_fvlm.whole_volume import cover_with_tiles
@@ -188,6 +188,21 @@ def test_without_a_mask_every_organ_sees_all_tiles(pipe, model, processor, paths
     for before, after in zip(found, other, strict=True):
         moved = np.abs(np.array(before["image_embeds"]) - after["image_embeds"]).max()
         assert moved > 1e-7, f"{before['organ']} does not see the whole scan"
+
+
+@pytest.mark.parametrize(("preprocessing", "outside"), [("standard", AIR_HU), ("published", -1151)])
+def test_what_lies_outside_a_scan_without_a_mask_is_what_training_pads_with(preprocessing, outside):
+    windows = [{"hu_min": -1150.5, "hu_max": 350.0, "mean": 0.0, "std": 1.0}]
+    config = tiny_config(preprocessing=preprocessing, windows=windows, spacing=(4.0, 2.0, 2.0))
+    pipe = FVLMZeroShotPipeline(
+        model=FVLMModel(config), processor=FVLMProcessor.from_config(config, tiny_tokenizer()), device="cpu"
+    )
+    hu = np.random.default_rng(0).integers(-900, 500, (5, 10, 30)).astype(np.int16)
+    (tile,) = pipe.preprocess({"volume": hu, "spacing": (4.0, 2.0, 2.0)}, return_embeds=True)["tiles"].numpy()
+    assert tile.shape == (8, 12, 32)
+    inside = np.zeros(tile.shape, bool)
+    inside[1:6, 1:11, 1:31] = True  # 3 and 2 and 2 voxels are missing, the odd one behind
+    assert (tile[inside].reshape(hu.shape) == hu).all() and (tile[~inside] == outside).all()
 
 
 def test_one_warning_tells_of_a_missing_mask(pipe, paths, caplog):
