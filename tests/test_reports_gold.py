@@ -58,7 +58,7 @@ def test_gold_sentences_stand_in_their_section(reports):
 
 def test_gold_sentences_are_whole(reports):
     """A gold sentence starts at the start of a sentence, a line or a list mark, and stops where one of these stops."""
-    starts, stops = r"(?:^|\n|[.?!:]\s)\s*(?:[\w(]{1,3}[.)]{1,2}\s+|[-•]\s+)?", r"\s*(?:\n|$)"
+    starts, stops = r"(?:^|\n|[.?!:]\s)\s*(?:[\w(]{1,3}[.)]{1,2}\s+|\d-|[-•]\s+)?", r"\s*(?:\n|$)"
     for report in reports:
         for section in SECTIONS:
             for sentence in {sentence for said in report["organs"].values() for sentence in said[section]}:
