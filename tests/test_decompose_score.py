@@ -1,13 +1,17 @@
 """Scores of a split by organ: against counts by hand, against plain sets, and what must not raise them."""
 
+import argparse
 import copy
+import importlib
 import json
 import random
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from data_builders.__main__ import main
+from data_builders.__main__ import COMMANDS, main
 from data_builders.decompose_agreement import agreement
 from data_builders.decompose_score import content_of, match_sentences, score
 from data_builders.decomposition_files import SECTIONS, organs_of, read_decompositions
@@ -331,3 +335,15 @@ def test_the_command_of_agreement(tmp_path, capsys):
     result = json.loads((tmp_path / "o.json").read_text())
     assert 0.5 < result["kappa"] < 1 and result["per_organ"]["heart"]["kappa"] == 0
     assert f"kappa {result['kappa']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["decompose_score", "decompose_agreement", "report_page", "correction_csv"])
+def test_the_examples_of_the_manuals_are_commands(module):
+    loaded = importlib.import_module(f"data_builders.{module}")
+    name = next(name for name, (of_module, _) in COMMANDS.items() if of_module == module)
+    examples = re.findall(rf"^    python -m data_builders {name} (.*)$", loaded.__doc__, re.MULTILINE)
+    assert len(examples) >= 1 + (module != "decompose_agreement")
+    parser = argparse.ArgumentParser()
+    loaded.add_arguments(parser)
+    for example in examples:
+        parser.parse_args(shlex.split(example))
