@@ -8,8 +8,13 @@ CT-RATE's reports as they come, with labels of its 18 findings, in the files of 
     python -m data_builders decompose --reports train_reports.csv --organs chest_4 --format published --out captions
 
 Only what the rules are not certain of goes to a model on this machine:
-    python -m data_builders decompose --reports reports.csv --organs body_24 --out split.json --method hybrid
+    python -m data_builders decompose --reports reports.csv --organs body_24 --out split.json --method hybrid \\
         --llm_url http://localhost:8000/v1
+
+A model elsewhere: what all reports would cost, before any is sent (the key is in the variable LLM_API_KEY):
+    python -m data_builders decompose --reports reports.csv --organs body_24 --out split.json --method llm \\
+        --llm_url https://llm.example.org/v1 --send_reports_to_host llm.example.org --llm_model NAME \\
+        --llm_price 0.25 1.00 --llm_budget 20 --llm_estimate
 
 How good the result is: decompose-score; to look at it: report-page; to correct it by hand: --format csv, then correct.
 Rules need no network, give the same result each time, and take some milliseconds a report.

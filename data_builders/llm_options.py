@@ -40,9 +40,9 @@ def add_llm_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of --method llm and hybrid."""
     group = parser.add_argument_group(
         "language model (--method llm, hybrid)",
-        "A server with OpenAI's chat completions, or a model in this process. One call a report; its answer is checked "
-        "against the report, and where it fails the rules' result stands, counted with its reason. How to start a "
-        "server, what it costs and what leaves this machine: docs/reports.md.",
+        "A server with OpenAI's chat completions, or a model in this process. One call a report; its answer is\n"
+        "checked against the report, and where it fails the rules' result stands, counted with its reason. How to\n"
+        "start a server, what it costs and what leaves this machine: docs/reports.md.",
     )
     group.add_argument(
         "--llm_url",
@@ -76,8 +76,8 @@ def add_llm_arguments(parser: argparse.ArgumentParser) -> None:
         "--llm_answer",
         choices=FORMS,
         default="numbers",
-        help="How the model answers: with the numbers of sentences, or with the sentences, which takes some five times "
-        "the tokens and is compared with the report word by word (default: numbers).",
+        help="How the model answers: with the numbers of sentences, or with the sentences, which takes two to three "
+        "times the tokens and is compared with the report word by word (default: numbers).",
     )
     group.add_argument(
         "--llm_price",
