@@ -133,9 +133,9 @@ def test_a_scan_is_its_first_reconstruction():
 def test_scans_with_equal_reports_count_once():
     frame = table(num_patients=4, scans=1)
     # Patients 1 and 3 have the report of patient 0; 2 has none of its own, and none is no equal report.
-    reports = {"valid_0": "same", "valid_1": "same", "valid_2": None, "valid_3": "same"}
+    reports = {"valid_0": "same", "valid_1": "same", "valid_2": np.nan, "valid_3": "same"}
     frame = frame.sort_values("recon_id").assign(report=lambda rows: rows["patient_id"].map(reports))
-    another = frame[frame["patient_id"] == "valid_2"].assign(patient_id="v5", scan_id="v5", report=None)
+    another = frame[frame["patient_id"] == "valid_2"].assign(patient_id="v5", scan_id="v5", report=np.nan)
     frame = pd.concat([frame, another], ignore_index=True)
     frame.loc[frame["patient_id"] == "v5", "recon_id"] += "x"
     for level, dropped in (("scan", 2), ("reconstruction", 4)):
@@ -417,6 +417,7 @@ def test_only_cases_that_both_scored_are_compared():
     first, second = runs()
     first.loc[0, "score"] = np.nan
     second = second.drop(index=second.index[:3])
+    second.loc[second.index[5], "label"] = np.nan  # known from the other run
     result = compare_frames(first, second, Protocol(level="reconstruction", threshold=0.5, **QUICK))
     assert result["excluded"] == {NO_SCORE: 1, "case and finding of run a alone": 3}
     same = compare_frames(first, first, Protocol(threshold=0.5, **QUICK))

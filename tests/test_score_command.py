@@ -215,6 +215,13 @@ def test_scoring_loads_no_network(files):
     assert "sklearn" in done.stdout.split() and not HEAVY & set(done.stdout.split())
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_tells_its_options(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and f"python -m evaluation_fvlm {command}" in capsys.readouterr().out
+
+
 def test_the_list_of_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
