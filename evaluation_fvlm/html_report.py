@@ -24,8 +24,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
+from evaluation_fvlm.chosen_cases import is_synthetic
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.html_template import render_page
 from evaluation_fvlm.report_sections import (
@@ -46,7 +46,6 @@ REPORT = "report.html"
 EXAMPLES = Path("examples", "examples.json")
 PARTS = ("retrieval", "diagnostics", "lesion_attention")  # read from NAME.json where metrics.json has none
 COMPARISON = "comparison.json"
-SYNTHETIC_FINDINGS = Path(__file__).resolve().parent.parent / "hub_configs" / "synthetic" / "findings.yaml"
 
 
 def write_report(
@@ -137,18 +136,6 @@ def name_of(results: Mapping, key: str) -> str:
     """Path of the model or the data, from the protocol."""
     entry = (results.get("protocol") or {}).get(key)
     return str(entry.get("path", "")) if isinstance(entry, Mapping) else str(entry or "")
-
-
-def is_synthetic(frame: pd.DataFrame) -> bool:
-    """Whether the scores are of the synthetic set, whose reports no patient stands behind.
-
-    Its labels alone hold all that it paints, known for every scan. The set's prompts on other data would leave most
-    labels unknown.
-    """
-    if not SYNTHETIC_FINDINGS.is_file() or frame.empty:
-        return False
-    rows = yaml.safe_load(SYNTHETIC_FINDINGS.read_text(encoding="utf-8"))["findings"]
-    return bool(frame["label"].notna().all()) and set(frame["finding"]) == {row["finding"] for row in rows}
 
 
 # The command

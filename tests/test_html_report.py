@@ -11,14 +11,15 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
 from evaluation_fvlm import html_report, report_sections
 from evaluation_fvlm.bootstrap import figure
-from evaluation_fvlm.chosen_cases import surest_hits, worst_errors
+from evaluation_fvlm.chosen_cases import SYNTHETIC_FINDINGS, is_synthetic, surest_hits, worst_errors
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.html_charts import interval_chart, reliability_chart
-from evaluation_fvlm.html_report import is_synthetic, page_html, read_results, write_report
+from evaluation_fvlm.html_report import page_html, read_results, write_report
 from evaluation_fvlm.html_template import SCRIPT, Section, kind_of_cell, render_page
 from evaluation_fvlm.protocols import Protocol, compare_frames, evaluate_frame
 from evaluation_fvlm.report_sections import Pictures, errors_section
@@ -248,7 +249,7 @@ def test_sentences_of_reports_come_only_when_asked_for(run, page):
 def test_the_synthetic_set_is_known_by_its_labels(run):
     """The set's prompts may be asked of patients: their labels do not know all that the set paints."""
     folder, results, frame, examples = run
-    rows = html_report.yaml.safe_load(html_report.SYNTHETIC_FINDINGS.read_text())["findings"]
+    rows = yaml.safe_load(SYNTHETIC_FINDINGS.read_text())["findings"]
     painted = pd.concat([frame[frame["finding"] == "Liver cyst"].assign(finding=row["finding"]) for row in rows])
     assert is_synthetic(painted) and not is_synthetic(frame) and not is_synthetic(painted.iloc[:0])
     assert not is_synthetic(painted[painted["finding"].isin(["Emphysema", "Lung nodule"])])
