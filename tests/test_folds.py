@@ -25,6 +25,13 @@ def test_rare_findings_are_in_every_fold(seed):
     assert not np.array_equal(folds, patient_folds(is_positive, 5, seed + 1))
 
 
+def test_a_rare_finding_of_those_who_have_a_frequent_one_is_dealt_first():
+    is_positive = np.zeros((100, 2), bool)
+    is_positive[:50, 0] = is_positive[:5, 1] = True
+    folds = patient_folds(is_positive, 5, seed=0)
+    assert np.bincount(folds[:5]).tolist() == [1] * 5 and np.bincount(folds[:50]).tolist() == [10] * 5
+
+
 def test_as_many_folds_as_patients_at_most():
     nothing = np.zeros((3, 1), bool)
     assert sorted(patient_folds(nothing, 3, 0)) == [0, 1, 2]
