@@ -3,13 +3,13 @@
     python -m evaluation_fvlm report --results runs/demo/eval
 
 draws report.html of a results folder again, from what lies in it: metrics.json, scores.csv, and, where they are,
-examples/examples.json with its pictures, retrieval.json, diagnostics.json, lesion_attention.json (or a folder of that
-name with it) and comparison.json, which may lie one folder up. A part that is not there has no section. Of a folder
-that compares several runs, each run gets its page.
+examples/examples.json with its pictures, comparison.json (here or one folder up), and what the other commands wrote:
+retrieval.json, diagnostics.json, probe.json, lesion_attention.json (or a folder of that name with it). A part that is
+not there has no section. Of a folder that compares several runs, each run gets its page.
 
 Sections: headline figures; findings; organs; ROC and precision-recall curves; calibration; sensitivity to wording; run
-A against run B; retrieval; the embeddings; worst errors and cases with their attention; attention and lesions; what was
-left out; protocol and versions.
+A against run B; retrieval; the embeddings; probes; worst errors and cases with their attention; attention and lesions;
+what was left out; protocol and versions.
 
 The page holds ids and pictures of the split. Sentences of its reports stand there only with `show_text`, which
 `--show_text` sets; the synthetic set has no patient's sentence, and is known by its labels.
@@ -37,6 +37,7 @@ from evaluation_fvlm.report_sections import (
     headline_section,
     left_out_section,
     lesion_section,
+    probe_section,
     protocol_section,
     retrieval_section,
     task_sections,
@@ -44,7 +45,7 @@ from evaluation_fvlm.report_sections import (
 
 REPORT = "report.html"
 EXAMPLES = Path("examples", "examples.json")
-PARTS = ("retrieval", "diagnostics", "lesion_attention")  # read from NAME.json where metrics.json has none
+PARTS = ("retrieval", "diagnostics", "probe", "lesion_attention")  # read from NAME.json where metrics.json has none
 COMPARISON = "comparison.json"
 
 
@@ -63,7 +64,7 @@ def write_report(
         folder: Of the results; the pictures of `examples` lie in it.
         results: The content of metrics.json, with `evaluation` of `evaluate_frame` for each task (what `evaluate_frame`
             returns will do as well), and perhaps `comparisons` (list of `compare_frames`), `retrieval` (of `retrieve`,
-            with `examples` of `nearest_texts`), `diagnostics` and `lesion_attention`.
+            with `examples` of `nearest_texts`), `diagnostics`, `probe` and `lesion_attention`.
         frame: The scores, with `zero_shot.SCORE_COLUMNS`.
         examples: Of `examples.collect_examples`.
         show_text: Let sentences of reports into the page.
@@ -94,6 +95,7 @@ def page_html(folder: Path, results: Mapping, frame: pd.DataFrame, examples: Seq
         *(comparison_section(part, place) for place, part in enumerate(results.get("comparisons") or (), start=1)),
         retrieval_section(results.get("retrieval"), shows_text),
         diagnostics_section(results.get("diagnostics")),
+        probe_section(results.get("probe")),
         errors_section(frame, examples, pictures),
         attention_section(examples, pictures),
         lesion_section(results.get("lesion_attention"), pictures),

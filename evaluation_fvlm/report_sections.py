@@ -408,48 +408,71 @@ def with_chance(figure: Mapping, digits: int = 3) -> str:
     return f"{text} / {number(figure['chance'], digits)}" if text and figure.get("chance") is not None else text
 
 
+DIAGNOSTICS = {
+    "num_scans": "scans", "num_pairs": "pairs", "num_texts": "texts", "alignment": "alignment",
+    "modality_gap": "modality gap", "image_uniformity": "uniformity, images", "text_uniformity": "uniformity, texts",
+    "image_effective_rank": "effective rank, images", "text_effective_rank": "effective rank, texts",
+    "image_effective_rank_centred": "centred, images", "text_effective_rank_centred": "centred, texts",
+    "image_cosine": "cosine of two images", "text_cosine": "cosine of different texts",
+    "text_cosine_distinct": "each text once",
+}  # fmt: skip
+POOLINGS = {"zero_shot": "zero-shot", "linear_probe": "linear probe"}
+
+
 def diagnostics_section(diagnostics: Mapping | None) -> Section:
-    """Scalars of `diagnose` as tables, whatever their names: what holds for all, then organ by organ."""
+    """The figures of `diagnose`: whole volumes, every organ, their mean; and attention against mean pooling."""
     if not diagnostics:
         return Section("The embeddings", "diagnostics")
-    tables, of_all = [], []
-    for name, value in diagnostics.items():
-        if isinstance(value, Mapping) and value and all(isinstance(item, Mapping) for item in value.values()):
-            flat = {row: flattened(item) for row, item in value.items()}
-            columns = list(dict.fromkeys(key for items in flat.values() for key in items))
-            rows = [(row, *(cell(items.get(column)) for column in columns)) for row, items in flat.items()]
-            if columns:
-                tables.append(Table(words(name), ("", *map(words, columns)), rows, is_sortable=True))
-        elif isinstance(value, Mapping) and "value" not in value:
-            of_all += [(words(f"{name}: {key}"), cell(item)) for key, item in flattened(value).items()]
-        elif not isinstance(value, (list, tuple)):
-            of_all.append((words(name), cell(value)))
-    if of_all:
-        tables.insert(0, Table("Over all", ("what", "value"), of_all))
+    parts = {"whole volume": diagnostics.get("global"), **diagnostics.get("per_organ", {})}
+    parts["mean over organs"] = diagnostics.get("macro")
+    parts = {name: figures for name, figures in parts.items() if figures}
+    columns = [name for name in DIAGNOSTICS if any(figures.get(name) is not None for figures in parts.values())]
+    rows = [(name, *(number(figures.get(column)) for column in columns)) for name, figures in parts.items()]
+    tables = []
+    if columns:
+        names = ("", *(DIAGNOSTICS[column] for column in columns))
+        note = (
+            "Alignment: 0 where every image coincides with its text. Uniformity: 0 where all are one point, lower where "
+            "they are spread. Cosine of different texts near 1: they have collapsed, and nothing can be learned from them."
+        )
+        tables.append(Table("Organ by organ", names, rows, note, is_sortable=True))
+    for name, words_of_it in POOLINGS.items():
+        compared = (diagnostics.get("pooling") or {}).get(name)
+        if compared:
+            entries = {"mean over findings": compared["macro"], **compared["per_finding"]}
+            rows = [
+                (finding, number(entry["attention"]), number(entry["mean"]), figure_text(entry["difference"]),
+                 p_text(entry["difference"].get("p")))
+                for finding, entry in entries.items()
+            ]  # fmt: skip
+            heads = ("finding", "attention", "mean", "mean minus attention", "p")
+            tables.append(Table(f"AUC by pooling of the same tokens, {words_of_it}", heads, rows, is_sortable=True))
     return Section("The embeddings", "diagnostics", tables=tuple(tables))
 
 
-def flattened(values: Mapping, prefix: str = "") -> dict:
-    """Nested figures under one name each; {value, low, high} stays whole, lists are left out."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and "value" not in value:
-            flat |= flattened(value, f"{prefix}{key} ")
-        elif not isinstance(value, (list, tuple)):
-            flat[f"{prefix}{key}"] = value
-    return flat
+def probe_section(probe: Mapping | None) -> Section:
+    """AUC of the probes of `probe`, finding by finding."""
+    kinds = {"linear": "linear probe", "knn": "nearest neighbours"}
+    kinds = {kind: name for kind, name in kinds.items() if probe and probe.get(kind)}
+    if not kinds:
+        return Section("Probes of the frozen embeddings", "probes")
+    findings = list(dict.fromkeys(finding for kind in kinds for finding in probe[kind]["per_finding"]))
+    rows = [("mean over findings", *(figure_text(figure_of(probe[kind]["macro"], "auc")) for kind in kinds), "")]
+    for finding in findings:
+        figures = (figure_of(probe[kind]["per_finding"].get(finding, {}), "auc") for kind in kinds)
+        rows.append((finding, *map(figure_text, figures), (probe.get("reasons") or {}).get(finding, "")))
+    texts = tuple(f"{words(name)}: {plain(value)}." for name, value in (probe.get("settings") or {}).items())
+    columns = ("finding", *(f"AUC, {name}" for name in kinds.values()), "note")
+    return Section(
+        "Probes of the frozen embeddings",
+        "probes",
+        ("Learned from labels, on folds of other patients: what the image embedding alone holds.", *texts),
+        tables=(Table("AUC of the probes", columns, rows, is_sortable=True),),
+    )
 
 
 def words(name: str) -> str:
     return str(name).replace("_", " ")
-
-
-def cell(value: object) -> str | int:
-    if isinstance(value, Mapping):
-        return with_chance(value) if "chance" in value else figure_text(value)
-    if isinstance(value, float):
-        return number(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else plain(value)
 
 
 # Pictures

@@ -17,6 +17,7 @@ from PIL import Image
 from evaluation_fvlm import html_report, report_sections
 from evaluation_fvlm.bootstrap import figure
 from evaluation_fvlm.chosen_cases import SYNTHETIC_FINDINGS, is_synthetic, surest_hits, worst_errors
+from evaluation_fvlm.diagnostics import describe
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.html_charts import interval_chart, reliability_chart
 from evaluation_fvlm.html_report import page_html, read_results, write_report
@@ -110,6 +111,19 @@ def retrieval_of(organs) -> dict:
     }
 
 
+def diagnostics_of() -> dict:
+    rng = np.random.default_rng(0)
+    images, texts = (values / np.linalg.norm(values, axis=1)[:, None] for values in rng.normal(size=(2, 20, 8)))
+    figures = describe(images, np.ones(20, bool), texts, np.arange(20))
+    entry = {
+        "attention": 0.8125,
+        "mean": 0.75,
+        "difference": figure(-0.0625, rng.normal(-0.06, 0.01, 50)) | {"p": 0.001},
+    }
+    pooling = {"zero_shot": {"macro": entry, "per_finding": {EVIL: entry}}, "linear_probe": None}
+    return {"global": None, "per_organ": {"liver": figures, EVIL: figures}, "macro": None, "pooling": pooling}
+
+
 def lesions_of() -> dict:
     figures = {"mass": figure(0.5, np.array([0.4, 0.6, 0.5])), "volume_share": figure(0.1), "patch_share": figure(0.3)}
     example = {"picture": "cyst.png", "patient_id": EVIL, "finding": "Liver cyst", "organ": "liver", "mass": 0.5}
@@ -146,10 +160,12 @@ def run(tmp_path_factory):
         },
         "comparisons": [{"task": "own", "a": "first", "b": EVIL} | compare_frames(frame, other, protocol)],
         "retrieval": retrieval_of(["liver", EVIL]),
-        "diagnostics": {
-            "uniformity": -1.5,
-            "modality_gap": {"value": 0.3, "low": 0.2, "high": 0.4},
-            "per_organ": {"liver": {"effective_rank": 12.5, "text": {"cosine": 0.4}}, EVIL: {"effective_rank": 3.0}},
+        "diagnostics": diagnostics_of(),
+        "probe": {
+            "settings": {"features": f"of {EVIL}"},
+            "reasons": {"Kidney stone": "one class alone"},
+            "linear": evaluate_frame(score_frame(7, 4.0), protocol),
+            "knn": None,
         },
         "lesion_attention": lesions_of(),
     }
@@ -231,7 +247,10 @@ def test_figures_stand_on_the_page(page, run):
     assert f"{results['comparisons'][0]['per_finding']['Liver cyst']['auc']['a']:.3f}" in page
     assert ("&lt; 0.001" if delong["p"] < 0.001 else f"{delong['p']:.3f}") in page
     assert "0.400 / 0.020" in page, "retrieval with chance beside it"
-    assert "-1.500" in page and "effective rank" in page and "text cosine" in page
+    alignment = results["diagnostics"]["per_organ"]["liver"]["alignment"]
+    assert f"{alignment:.3f}" in parsed.text["td"] and "0.812" in page and "mean minus attention" in page
+    probed = results["probe"]["linear"]["macro"]["auc"]
+    assert f"{probed['value']:.3f} ({probed['low']:.3f} to {probed['high']:.3f})" in page and "one class alone" in page
     assert "0.500 (0.405 to 0.595)" in page, "attention in lesions"
     assert "no score: organ absent" in page and "2.13.0" in page and "chosen by cross-validation" in page
     worst = worst_errors(frame, 24)
@@ -257,10 +276,10 @@ def test_the_synthetic_set_is_known_by_its_labels(run):
     assert SENTENCE in page_html(folder, results, painted, examples, show_text=False)
 
 
-@pytest.mark.parametrize("part", ["comparisons", "retrieval", "diagnostics", "lesion_attention", "protocol"])
+@pytest.mark.parametrize("part", ["comparisons", "retrieval", "diagnostics", "probe", "lesion_attention", "protocol"])
 def test_a_part_that_is_not_there_has_no_section(run, part):
     folder, results, frame, examples = run
-    anchors = {"comparisons": "comparison-1", "lesion_attention": "lesions"}
+    anchors = {"comparisons": "comparison-1", "lesion_attention": "lesions", "probe": "probes"}
     full = page_html(folder, results, frame, examples, True)
     for missing in ({key: value for key, value in results.items() if key != part}, results | {part: None}):
         html = page_html(folder, missing, frame, examples, True)
