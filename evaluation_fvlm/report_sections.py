@@ -432,8 +432,9 @@ def diagnostics_section(diagnostics: Mapping | None) -> Section:
     if columns:
         names = ("", *(DIAGNOSTICS[column] for column in columns))
         note = (
-            "Alignment: 0 where every image coincides with its text. Uniformity: 0 where all are one point, lower where "
-            "they are spread. Cosine of different texts near 1: they have collapsed, and nothing can be learned from them."
+            "Alignment: 0 where every image coincides with its text. Uniformity: 0 where all are one point, lower "
+            "where they are spread. Cosine of different texts near 1: they have collapsed, and nothing can be learned "
+            "from them."
         )
         tables.append(Table("Organ by organ", names, rows, note, is_sortable=True))
     for name, words_of_it in POOLINGS.items():
