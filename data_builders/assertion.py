@@ -49,7 +49,9 @@ ELIDED = re.compile(r"\s*(?:which|that)?\s*(?:(?:is|are|was|were|has|have|had|be
 NONE_BEHIND_COLON = re.compile(
     r":\s*(?:none|absent|nil|negative|no|not (?:seen|present|identified|observed|detected))(?: (?:seen|present|identified|enlarged))?\s*(?=[.;,]|$)"
 )
-DEVICE = re.compile(r"\b(?:tube|catheter|drain|line|stent|cannula|lead|pacemaker|wire|port|device|filter|clip|pigtail)s?\b")
+DEVICE = re.compile(
+    r"\b(?:tube|catheter|drain|line|stent|cannula|lead|pacemaker|wire|port|device|filter|clip|pigtail)s?\b"
+)
 SIZE = re.compile(
     r"(\d+(?:[.,]\d+)?)\s?(?:x\s?(\d+(?:[.,]\d+)?)\s?)?(?:x\s?(\d+(?:[.,]\d+)?)\s?)?(mm|cm|millimet|centimet|hu\b)"
 )
@@ -106,13 +108,13 @@ class Assertions:
         self.places = [place for place in places if place[1] <= LONGEST]
         self.patterns = lexicon.patterns
         self.denied: list[tuple[int, int]] = []
-        self.not_evaluated: list[tuple[int, int]] = []
-        work = self.patterns["neutral"].sub(blank, self.text)
+        work, hidden = self.text, self.patterns["not_evaluated"]
+        self.not_evaluated = [match.span() for match in hidden.finditer(work)]
+        work = self.patterns["neutral"].sub(blank, hidden.sub(blank, work))
         still = [match.span() for match in self.patterns["still_there"].finditer(work)]
         for start, end in still:
             work = work[:start] + " " * (end - start) + work[end:]
-        self.not_evaluated = [match.span() for match in self.patterns["not_evaluated"].finditer(work)]
-        self.work = self.patterns["not_evaluated"].sub(blank, work)
+        self.work = work
         self.still_there = still
         self.pieces = self.cut()
         self._starts = [piece.start for piece in self.pieces]
@@ -147,7 +149,9 @@ class Assertions:
 
     def first_place(self, piece: Piece) -> int | None:
         """Where a piece first names an organ or another place."""
-        return next((max(low, piece.start) for low, high in self.places if low < piece.end and high > piece.start), None)
+        return next(
+            (max(low, piece.start) for low, high in self.places if low < piece.end and high > piece.start), None
+        )
 
     def pieces_at(self, start: int, end: int) -> range:
         """Indices of the pieces that hold a part of the text."""

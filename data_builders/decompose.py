@@ -77,7 +77,9 @@ RELATION = re.compile(
     r"(?:also |again |now |further )?(?:extend|invad|abut|compress|displac|reach|encas|involv|contact|infiltrat|cross|protrud"
     r"|obstruct|surround|exert|caus)"
 )
-RESETTING = re.compile(r"\b(?:other|others|misc|miscellaneous|additional|incidental|note|comment|addendum|findings?|impression|extra\w+)\b")
+RESETTING = re.compile(
+    r"\b(?:other|others|misc|miscellaneous|additional|incidental|note|comment|addendum|findings?|impression|extra\w+)\b"
+)
 POINTING_BACK = re.compile(
     r"\b(?:within|in|of|around|behind|into|from|through|to|with|inside|along|by|on) (?:it|them)\b"
     r"|\b(?:this|these) (?:segment|region|area|level|location|organ|lesion|mass|finding|structure|lobe|vessel|loop)"
@@ -148,7 +150,8 @@ class Analysis:
         beside = [
             mention
             for mention in self.mentions
-            if mention.kind in ("named", "elsewhere") and number in self.assertions.pieces_at(mention.start, mention.end)
+            if mention.kind in ("named", "elsewhere")
+            and number in self.assertions.pieces_at(mention.start, mention.end)
         ]
         return organs & frozenset(organ for mention in beside for organ in mention.organs) if beside else organs
 
@@ -317,12 +320,7 @@ class Analysis:
         text = self.assertions.text[piece.start : piece.end]
         sizes = self.assertions.sizes_mm(number)
         for limit in self.lexicon.limits:
-            if (
-                limit.organ == organ
-                and all(word in self.text for word in limit.words)
-                and sizes
-                
-            ):
+            if limit.organ == organ and all(word in self.text for word in limit.words) and sizes:
                 return max(sizes) > limit.above_mm
         return False
 
@@ -386,7 +384,24 @@ def find_mentions(located: Sequence[tuple[str, int, int]], text: str, lexicon: L
                 landmark_end = -1
         mentions.append(Mention(place, last, located[place][1], located[last - 1][2], entry.organs, kind))
         place = last
-    return places_of_nodes(words, mentions, text, lexicon)
+    return narrowed(places_of_nodes(words, mentions, text, lexicon), lexicon)
+
+
+def narrowed(mentions: list[Mention], lexicon: Lexicon) -> list[Mention]:
+    """What is said of vertebrae at large ("spondylosis") is of the part of the spine that the sentence names, if any."""
+    spine = frozenset(lexicon.levels.values()) & lexicon.terms.keys()
+    named = frozenset(
+        organ
+        for mention in mentions
+        if len(mention.organs) == 1 and mention.kind != "weak"
+        for organ in mention.organs & spine
+    )
+    if not named:
+        return mentions
+    return [
+        mention._replace(organs=(mention.organs - spine) | named) if len(mention.organs & spine) > 1 else mention
+        for mention in mentions
+    ]
 
 
 def longest_entry(words: Sequence[str], place: int, lexicon: Lexicon) -> Entry | None:
@@ -631,7 +646,12 @@ class Context:
     def recall(self, placed: Placed) -> Placed:
         """An impression's sentence without a place has that of the findings' sentences with the same nouns."""
         analysis = placed.analysis
-        if analysis.is_general or analysis.organs or analysis.is_elsewhere or (placed.organs and not placed.organs <= analysis.weak):
+        if (
+            analysis.is_general
+            or analysis.organs
+            or analysis.is_elsewhere
+            or (placed.organs and not placed.organs <= analysis.weak)
+        ):
             return placed
         said = [organs for noun in sorted(analysis.nouns) for organs in self.said_with.get(noun, [])]
         if not said:

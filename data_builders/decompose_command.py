@@ -160,7 +160,9 @@ def open_reports(path: Path, columns: Sequence[str]) -> Reports:
     for pair in (pair for argument in columns for pair in argument.split(",")):
         ours, equals, theirs = pair.partition("=")
         if not equals or not theirs or ours not in NAMES:
-            raise ValueError(f"--columns {pair!r} is not OURS=YOURS with OURS one of {list(NAMES)}{nearest(ours, NAMES)}.")
+            raise ValueError(
+                f"--columns {pair!r} is not OURS=YOURS with OURS one of {list(NAMES)}{nearest(ours, NAMES)}."
+            )
         renamed[ours] = theirs
     if path.suffix.lower() in (".json", ".jsonl"):
         return Reports(path, {ours: renamed.get(ours, ours) for ours in NAMES})
@@ -211,7 +213,9 @@ def _work(reports: list[TextReport]) -> list[Decomposition]:
     return [_rules(report) for report in reports]
 
 
-def decompose_reports(reports: Iterable[TextReport], rules: Rules, workers: int) -> Iterator[tuple[TextReport, Decomposition]]:
+def decompose_reports(
+    reports: Iterable[TextReport], rules: Rules, workers: int
+) -> Iterator[tuple[TextReport, Decomposition]]:
     """Every report with its decomposition, in their order; a few chunks are in memory."""
     if workers == 1:
         for report in reports:
@@ -263,7 +267,9 @@ class Tally:
             yield f"  {counted(number, 'report')} {NOTES.get(note, note)}"
         if self.reports:
             shown = ", ".join(
-                f"{organ} {self.spoken[organ]:,} ({self.abnormal[organ]:,} abnormal)" for organ in organs if self.spoken[organ]
+                f"{organ} {self.spoken[organ]:,} ({self.abnormal[organ]:,} abnormal)"
+                for organ in organs
+                if self.spoken[organ]
             )
             yield f"  spoken of: {shown or 'no organ of the set'}"
         silent = [organ for organ in organs if not self.spoken[organ]]
@@ -271,9 +277,7 @@ class Tally:
             yield f"  in no report: {', '.join(silent)}"
 
 
-def entries_of(
-    pairs: Iterable[tuple[TextReport, Decomposition]], tally: Tally
-) -> Iterator[dict]:
+def entries_of(pairs: Iterable[tuple[TextReport, Decomposition]], tally: Tally) -> Iterator[dict]:
     """As they are written: with the texts, so that the file can be looked at, scored and corrected by itself."""
     for report, decomposition in pairs:
         tally.add(decomposition)
@@ -326,9 +330,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="CSV (commas, semicolons or tabs), JSON or JSON lines of reports: columns id, findings, impression, or as "
         "CT-RATE names them. A whole report in one column is cut at its headers.",
     )
-    parser.add_argument("--organs", required=True, help="Organ set: chest_4, body_24, body_36, or a YAML file of yours.")
     parser.add_argument(
-        "--out", type=Path, required=True, help="File (.json, .jsonl, .csv), or folder; a folder for --format published."
+        "--organs", required=True, help="Organ set: chest_4, body_24, body_36, or a YAML file of yours."
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="File (.json, .jsonl, .csv), or folder; a folder for --format published.",
     )
     parser.add_argument(
         "--format",

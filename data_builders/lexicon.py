@@ -41,7 +41,44 @@ MISREAD = (("rn", "m"), ("m", "rn"), ("cl", "d"), ("d", "cl"), ("vv", "w"), ("ii
            ("0", "o"), ("5", "s"), ("8", "b"), ("6", "b"), ("ri", "n"), ("tl", "d"), ("c", "e"), ("nn", "m"))  # fmt: skip
 MIN_MENDED = 6  # letters of the shortest word whose misprints are mended
 PREFIXES = frozenset(
-    ["peri", "para", "sub", "hydro", "pneumo", "hemo", "retro", "intra", "inter", "extra", "endo", "trans", "cardio", "hepato", "spleno", "costo", "fibro", "pleuro", "supra", "infra", "gastro", "broncho", "pelvi", "uretero", "sacro", "ilio", "coxo", "cholecysto", "pan", "poly", "hyper", "hypo", "post", "pre", "bi", "tracheo"]
+    [
+        "peri",
+        "para",
+        "sub",
+        "hydro",
+        "pneumo",
+        "hemo",
+        "retro",
+        "intra",
+        "inter",
+        "extra",
+        "endo",
+        "trans",
+        "cardio",
+        "hepato",
+        "spleno",
+        "costo",
+        "fibro",
+        "pleuro",
+        "supra",
+        "infra",
+        "gastro",
+        "broncho",
+        "pelvi",
+        "uretero",
+        "sacro",
+        "ilio",
+        "coxo",
+        "cholecysto",
+        "pan",
+        "poly",
+        "hyper",
+        "hypo",
+        "post",
+        "pre",
+        "bi",
+        "tracheo",
+    ]
 )
 FOLDED = {
     "œ": "e",
@@ -57,6 +94,15 @@ FOLDED = {
     "−": "-",
     "×": "x",
 }
+IRREGULAR = {
+    "calculi": "calculus", "thrombi": "thrombus", "emboli": "embolus", "foci": "focus", "sulci": "sulcus", "gyri": "gyrus",
+    "diverticula": "diverticulum", "metastases": "metastasis", "atelectases": "atelectasis", "stenoses": "stenosis",
+    "bronchi": "bronchus", "septa": "septum", "hila": "hilum", "acetabula": "acetabulum", "humeri": "humerus",
+    "femora": "femur", "varices": "varix", "apices": "apex", "calices": "calyx", "calyces": "calyx", "ganglia": "ganglion",
+    "lenses": "lens", "pneumothoraces": "pneumothorax", "hemithoraces": "hemithorax", "rami": "ramus", "crura": "crus",
+    "atria": "atrium", "thalami": "thalamus", "clavicles": "clavicle", "lymphadenopathies": "lymphadenopathy",
+    "prostheses": "prosthesis", "pelves": "pelvis", "aneurysmata": "aneurysm", "hematomata": "hematoma", "bases": "base",
+}  # fmt: skip
 SIDED = re.compile(r"(?P<base>.+?)_(?P<side>left|right)(?:_(?P<number>\d{1,2}))?")
 LEVEL = re.compile(r"vertebrae_(?P<part>[CTLS])(?P<number>\d{1,2})")
 
@@ -313,7 +359,15 @@ class Lexicon:
     def phrases(self) -> dict[str, frozenset[tuple[str, ...]]]:
         """The lists of phrases, as words."""
         names = (
-            *("landmarks", "soft_landmarks", "landmark_exceptions", "references", "node_heads", "shared_heads", "finding_nouns"),
+            *(
+                "landmarks",
+                "soft_landmarks",
+                "landmark_exceptions",
+                "references",
+                "node_heads",
+                "shared_heads",
+                "finding_nouns",
+            ),
             *("attributes",),
         )
         return {name: frozenset(tuple(self.words(phrase)) for phrase in self.lists[name]) for name in names}
@@ -375,6 +429,8 @@ def american(word: str) -> str:
 
 def singular(word: str) -> str:
     """Undo the regular English plural and the Latin -ae. A rough stem is enough: both sides are treated alike."""
+    if word in IRREGULAR:
+        return IRREGULAR[word]
     if len(word) < 4 or word.endswith(("ss", "us", "is")):
         return word
     for plural, ending in (("ies", "y"), ("sses", "ss"), ("ches", "ch"), ("uses", "us"), ("ae", "a"), ("s", "")):

@@ -144,7 +144,9 @@ def load_finding_rules(name_or_path: str, lexicon: Lexicon) -> FindingRules:
     if path.suffix not in (".yaml", ".yml"):
         path = LABELS / f"{name_or_path}.yaml"
     if not path.is_file():
-        known = sorted(file.stem for file in LABELS.glob("*.yaml") if "\n    terms:" in file.read_text(encoding="utf-8"))
+        known = sorted(
+            file.stem for file in LABELS.glob("*.yaml") if "\n    terms:" in file.read_text(encoding="utf-8")
+        )
         raise ValueError(f"--labels {name_or_path!r} is neither a YAML file nor one of {known}.")
     raw = path.read_bytes()
     try:
@@ -181,9 +183,7 @@ def read_rule(entry: object, place: str, lexicon: Lexicon) -> Rule:
     groups = entry.get("together", [])
     if not isinstance(groups, list):
         raise ValueError(f"{place}.together must be a list of lists of texts.")
-    together = tuple(
-        frozenset(tuple(lexicon.words(text)) for text in texts(group, "together")) for group in groups
-    )
+    together = tuple(frozenset(tuple(lexicon.words(text)) for text in texts(group, "together")) for group in groups)
     if "weak" in entry and not entry.get("organs"):
         raise ValueError(f"{place}: `weak` terms need `organs`, the organs a sentence with them must be about.")
     organs = frozenset(texts(entry.get("organs", []), "organs"))

@@ -200,7 +200,9 @@ def find_sentences(text: str) -> list[Sentence]:
 def begins_small(text: str) -> bool:
     """Whether sentences of this text begin with small letters, as in some dictations."""
     ends = re.findall(r"[a-z0-9)]\s?[.?!]\s+([^\W\d_])", text)
-    return len(ends) >= 2 and sum(letter.islower() for letter in ends) > 0.5 * len(ends)
+    return len(ends) >= (1 if text.lstrip()[:1].islower() else 2) and sum(
+        letter.islower() for letter in ends
+    ) > 0.5 * len(ends)
 
 
 def goes_on(before: str, after: str, starts_small: bool) -> bool:

@@ -100,7 +100,10 @@ def test_terms_are_found_as_a_slow_search_finds_them():
         ("Subcutaneous emphysema is seen.", set()),
         ("Cholelithiasis.", {"gallbladder"}),
         ("A lymph node lies to the right of the aorta, near the pancreas.", set()),  # where it lies, and no more
-        ("A mass lies to the right of the aorta.", {"aorta"}),  # an organ for orientation, else lost
+        ("A mass lies to the right of the aorta.", set()),  # the aorta is a landmark
+        ("A cyst lies at the level of the pancreas.", {"pancreas"}),  # the place itself
+        ("Nodules at the level of the carina.", {"lung"}),
+        ("Lumbar spondylosis.", set()),
         ("No perigastric, peripancreatic or hepatic hilar lymphadenopathy.", set()),
         ("The liver is normal, and no lymph node is seen in the hepatic hilum.", {"liver"}),
         ("Aortic and mitral valves are calcified.", {"heart"}),  # the noun is shared

@@ -1,0 +1,100 @@
+"""What a sentence states, denies, could not see or only suspects, organ by organ and clause by clause."""
+
+import pytest
+
+from data_builders.decompose import Analysis, decompose, is_abnormal_sentence
+from data_builders.lexicon import load_lexicon
+from modeling_fvlm.organs import load_organ_set
+
+LEXICON = load_lexicon("english")
+ORGANS = load_organ_set("body_24").organs
+
+# organ+ is abnormal, organ- is not; organs that are not listed are not spoken of.
+CASES = """
+The liver is enlarged and the spleen is normal. | liver+ spleen-
+The liver is normal and the spleen is enlarged. | liver- spleen+
+The liver, spleen and pancreas are unremarkable. | liver- spleen- pancreas-
+The pancreas is atrophic, the spleen and the adrenals are unremarkable. | pancreas+ spleen-
+Unremarkable gallbladder, liver, and enlarged spleen. | gallbladder- liver- spleen+
+Cysts in the liver, spleen and kidneys. | liver+ spleen+ kidney+
+Heart normal, lungs clear, small left effusion. | heart- lung+
+Liver, spleen, pancreas: normal; gallbladder: stones. | liver- spleen- pancreas- gallbladder+
+The liver, which is enlarged, and the spleen, which is normal. | liver+ spleen-
+Apart from a small renal cyst, the liver, pancreas and kidneys are normal. | liver- pancreas- kidney+
+The liver is normal except for a 1 cm cyst. | liver+
+A nasogastric tube runs along the esophagus and its tip is in the stomach. | esophagus+ stomach+
+No pneumothorax or effusion, mild bibasilar atelectasis. | lung+
+No consolidation, effusion, or pneumothorax. | lung-
+No acute intracranial hemorrhage, midline shift or hydrocephalus. | brain-
+There is no evidence of pneumonia, but a small effusion is noted in the left pleural space. | lung+
+Fractures of the ribs, the scapula or the clavicle are not identified. | rib- scapula- clavicula-
+The right kidney contains a stone, and hydronephrosis is not seen. | kidney+
+Neither kidney shows hydronephrosis. | kidney-
+Pericardial effusion: none. | heart-
+Stones in both kidneys without hydronephrosis. | kidney+
+No change in the cyst of the liver. | liver+
+The heart is not enlarged. | heart-
+Malignancy cannot be excluded in the pancreatic head. | pancreas+
+Possible thickening of the gastric antrum versus underdistension. | stomach+
+The previously seen pleural effusion has resolved. | lung-
+The consolidation in the right lower lobe has nearly completely resolved. | lung+
+Hiatal hernia is no longer seen. | esophagus- stomach-
+Gallstones were described on ultrasound but are not visible on CT. | gallbladder-
+The prior study showed a hepatic lesion, which is not visible today. | liver-
+A pleural effusion that was not present on the previous examination. | lung+
+The left kidney is absent. | kidney+
+Emphysema is absent. | lung-
+The gallbladder is surgically absent. | gallbladder+
+The endotracheal tube has been removed. | trachea-
+The right lung has been removed. | lung+
+The spleen could not be assessed because of streak artifact from the spinal hardware. | spleen-
+The gallbladder is contracted and could not be evaluated. | gallbladder-
+The pancreas is obscured by unopacified bowel and cannot be evaluated. | pancreas-
+Without oral contrast, gastric lesions cannot be ruled out. | stomach-
+The ascending aorta measures 36 mm in diameter. | aorta-
+The ascending aorta measures 45 mm in diameter. | aorta+
+Spleen 11 cm | spleen-
+Spleen 15 cm | spleen+
+The spleen is larger than normal. | spleen+
+The trachea is in the midline. | trachea-
+The kidneys enhance symmetrically. | kidney-
+The gastric fundus lies above the diaphragm. | stomach+
+Heart size is stable. | heart-
+"""
+
+
+def parsed(line):
+    sentence, _, expected = line.rpartition(" | ")
+    return sentence, {word[:-1]: word[-1] == "+" for word in expected.split()}
+
+
+@pytest.mark.parametrize(("sentence", "expected"), list(map(parsed, CASES.strip().splitlines())))
+def test_organs_and_whether_they_are_abnormal(sentence, expected):
+    assert {organ: text.is_abnormal for organ, text in decompose(sentence, "", ORGANS, LEXICON).items()} == expected
+
+
+def test_a_sentence_as_a_whole():
+    assert is_abnormal_sentence("The liver is enlarged and the spleen is normal.", LEXICON)
+    assert not is_abnormal_sentence("The liver and the spleen are normal.", LEXICON)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "word", "denied", "uncertain", "historical"),
+    [
+        ("No effusion, mild atelectasis.", "effusion", True, False, False),
+        ("No effusion, mild atelectasis.", "atelectasis", False, False, False),
+        ("Effusion is seen, atelectasis is not seen.", "effusion", False, False, False),
+        ("Effusion is seen, atelectasis is not seen.", "atelectasis", True, False, False),
+        ("Aspiration pneumonia?", "pneumonia", False, True, False),
+        ("Possible pneumonia; stones in the kidney.", "pneumonia", False, True, False),
+        ("Possible pneumonia; stones in the kidney.", "stones", False, False, False),
+        ("History of pneumonia.", "pneumonia", False, False, True),
+        ("Pneumonia cannot be excluded.", "pneumonia", False, True, False),
+    ],
+)
+def test_how_a_word_is_spoken_of(sentence, word, denied, uncertain, historical):
+    assertions = Analysis(sentence, LEXICON).assertions
+    start = assertions.text.index(word)
+    assert assertions.is_denied(start, start + len(word)) is denied
+    assert assertions.is_uncertain(start, start + len(word)) is uncertain
+    assert assertions.is_historical(start) is historical
