@@ -14,7 +14,7 @@ import json
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ TOKENS_AROUND = 64  # what a server puts around the messages of a question, at m
 TOKENS_PER_SENTENCE = {"expected": 22, "most": 64}  # of an answer in numbers; with blanks and line ends, the latter
 MOST_SENTENCES = 400  # of a report that is asked for: more is no report of one scan
 MOST_SENTENCE_BYTES = 60_000  # all of them together
+LOW_AGREEMENT = 0.6  # of a model with the rules, which are right far more often than that
 NOT_BY_MODEL = "not by the model: "  # in the notes of a decomposition, before the reason
 REFUSED_SHOWN = 2_000  # characters of a refused answer that are shown to the model again
 SAMPLED = 300  # reports of which the rules are run, before only every second one is, to estimate how many are uncertain
@@ -73,6 +74,7 @@ class Tally:
         certain: Left to the rules on purpose: they are certain of them (hybrid), or there is nothing to split.
         fallen_back: Reason -> reports that the model should have answered and the rules did.
         refused: Reason -> answers that failed the check, also where a later one passed.
+        by_model, by_rules, by_both: Sentences of organs in the reports that the model has split, by whom.
     """
 
     asked: int = 0
@@ -80,6 +82,25 @@ class Tally:
     certain: int = 0
     fallen_back: Counter = field(default_factory=Counter)
     refused: Counter = field(default_factory=Counter)
+    by_model: int = 0
+    by_rules: int = 0
+    by_both: int = 0
+
+    def compare(self, by_model: Mapping[str, OrganText], by_rules: Mapping[str, OrganText]) -> None:
+        """Count what two splits of one report have in common."""
+        ours, theirs = (
+            Counter((organ, text) for organ, said in texts.items() for text in (*said.findings, *said.impression))
+            for texts in (by_model, by_rules)
+        )
+        self.by_model += ours.total()
+        self.by_rules += theirs.total()
+        self.by_both += (ours & theirs).total()
+
+    @property
+    def agreement(self) -> float | None:
+        """F1 of the model's sentences by organ against the rules'; None where there is nothing to compare."""
+        both = self.by_model + self.by_rules
+        return 2 * self.by_both / both if both else None
 
     def to_json(self) -> dict:
         return {
@@ -88,6 +109,7 @@ class Tally:
             "left_to_rules": self.certain,
             "fell_back_to_rules": dict(self.fallen_back.most_common()),
             "refused_answers": dict(self.refused.most_common()),
+            "agreement_with_rules": None if self.agreement is None else round(self.agreement, 4),
         }
 
     def lines(self) -> list[str]:
@@ -98,6 +120,10 @@ class Tally:
         ]
         told += [f"  {number} fell back: {reason}" for reason, number in self.fallen_back.most_common()]
         told += [f"  {counted(number, 'answer')} refused: {kind}" for kind, number in self.refused.most_common()]
+        if self.agreement is not None:
+            line = f"  sentences by organ agree with the rules' at F1 {self.agreement:.2f} in the reports it has split"
+            is_low = self.agreement < LOW_AGREEMENT and self.by_rules >= 50
+            told.append(f"{line}: LOW. Look at both (report-page) before you use them" if is_low else line)
         return told
 
 
@@ -238,6 +264,7 @@ def decompose_with_llm(
         if texts is None:
             tally.fallen_back[reason] += 1
             return replace(by_rules, notes={**by_rules.notes, f"{NOT_BY_MODEL}{reason}": 1})
+        tally.compare(texts, by_rules.organs)
         tally.remembered += is_remembered
         tally.asked += not is_remembered
         return replace(by_rules, organs=texts, method="llm", uncertain_sentences=())
@@ -298,6 +325,7 @@ class Estimate:
         remembered: Those whose answer is in the cache.
         cost: None without prices.
         seconds: By the speed that was given and the limits.
+        concurrency: Calls at once.
         personal: Reports that seem to hold a name, a date or a number of a person, where that was looked for.
     """
 
@@ -308,14 +336,14 @@ class Estimate:
     tokens_out: int
     cost: float | None
     seconds: float
+    concurrency: int
     personal: int = 0
 
     def lines(self, ledger: Ledger, settings: Settings) -> list[str]:
-        limits = settings.limits
         told = [
             f"estimate: {self.to_ask} of {counted(self.reports, 'report')} to ask, {self.remembered} in the cache; "
             f"about {self.tokens_in:,} tokens in and {self.tokens_out:,} out, {duration(self.seconds)} at "
-            f"{counted(limits.concurrency, 'call')} at a time and {settings.tokens_per_second:g} tokens a second each"
+            f"{counted(self.concurrency, 'call')} at a time and {settings.tokens_per_second:g} tokens a second each"
         ]
         if self.cost is None:
             told.append("  cost: unknown without --llm_price IN OUT (of a million tokens)")
@@ -380,7 +408,7 @@ def estimate(
     if limits.tokens_per_minute is not None:
         seconds = max(seconds, 60 * (tokens_in + tokens_out) / limits.tokens_per_minute)
     cost = None if ledger.prices is None else ledger.cost(tokens_in, tokens_out)
-    return Estimate(number, to_ask, remembered, tokens_in, tokens_out, cost, seconds, personal)
+    return Estimate(number, to_ask, remembered, tokens_in, tokens_out, cost, seconds, workers, personal)
 
 
 def money(amount: float) -> str:

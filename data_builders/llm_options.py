@@ -285,7 +285,12 @@ def open_llm(args: argparse.Namespace, organs: Sequence[str], out: Path) -> Iter
         if not (args.llm_estimate and args.llm_model):  # an estimate needs no server
             client.model = choose_model(client, args.llm_model)
     with Ledger(cache, prices, args.llm_budget) as ledger:
-        yield LanguageModel(client, organs, ledger, settings, args.llm_estimate)
+        try:
+            yield LanguageModel(client, organs, ledger, settings, args.llm_estimate)
+        except KeyboardInterrupt:
+            raise ValueError(
+                f"stopped by a signal. The answers that came stay in {cache}; run the same command again to continue."
+            ) from None
 
 
 def tell(text: str) -> None:

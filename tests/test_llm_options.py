@@ -2,11 +2,13 @@
 
 import csv
 import json
+import re
 
 import pytest
-from llm_reports import SmallReport, right_answer, small_reports, truth
+from llm_reports import ORGANS, SmallReport, right_answer, small_reports, truth
 from llm_stand_in import llm_stand_in
 
+from data_builders import decompose_command
 from data_builders.__main__ import main
 from data_builders.llm_answers import numbered
 from data_builders.llm_local import TransformersClient
@@ -92,6 +94,36 @@ def test_a_hybrid_run_asks_for_what_the_rules_are_not_certain_of(command, server
     assert asked == unsure and len(server.asked) == len(unsure)
     assert {name for name, entry in entries.items() if entry["method"] == "llm"} <= set(unsure)
     assert f"{6 - len(unsure)} left to the rules" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_says_how_it_goes_on(command, server, tmp_path, monkeypatch, capsys):
+    def stopped(out, form, entries, organs):
+        next(entries)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decompose_command, "write", stopped)
+        assert command("--method", "llm", "--llm_concurrency", "1") == 2
+    assert "stopped by a signal. The answers that came stay in" in capsys.readouterr().err
+    before = len(server.asked)
+    assert 1 <= before <= 10
+    assert command("--method", "llm") == 0
+    assert len(server.asked) <= 10 + 1 and len(set(server.asked)) == 10, "what was under way may come twice"
+
+
+@pytest.mark.parametrize(("count", "is_bad"), [(40, False), (40, True), (4, True)])
+def test_a_model_that_does_not_agree_with_the_rules_is_told_of(command, server, tmp_path, capsys, count, is_bad):
+    """Valid answers that are wrong: every sentence goes to the next organ."""
+    write_reports(tmp_path / "reports.csv", small_reports(count))
+    if is_bad:
+        server.right_answer = lambda report, form: re.sub(
+            "|".join(ORGANS), lambda organ: ORGANS[ORGANS.index(organ[0]) - 1], right_answer(report, form)
+        )
+    assert command("--method", "llm") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "agree with the rules' at F1" in line]
+    score = float(line.split("F1 ")[1][:4])
+    assert score < 0.5 if is_bad else score > 0.9
+    assert ("LOW. Look at both" in line) == (is_bad and count == 40)
 
 
 def test_a_report_that_fell_back_says_why(command, server, tmp_path, capsys):
