@@ -40,7 +40,7 @@ from evaluation_fvlm.attention import OUTSIDE, SourceGrid, attention_maps, load_
 from evaluation_fvlm.bootstrap import draw_patients, figure
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.overlays import overlay_png
-from modeling_fvlm.geometry import BadVolumeError
+from modeling_fvlm.geometry import BadVolumeError, resample_mask
 from modeling_fvlm.organs import NUMBERINGS, organ_label_table
 from modeling_fvlm.preparation import PreparedScan
 from modeling_fvlm.processing_fvlm import FVLMProcessor
@@ -145,11 +145,9 @@ def read_cases(path: Path) -> pd.DataFrame:
     return cases
 
 
-def choose_cases(cases: pd.DataFrame, count: int | None, seed: int) -> pd.DataFrame:
-    """So many cases, drawn evenly, in the file's order."""
-    if count is None or count >= len(cases):
-        return cases
-    return cases.iloc[np.sort(np.random.default_rng(seed).choice(len(cases), count, replace=False))]
+def in_order(cases: pd.DataFrame, is_drawn: bool, seed: int) -> pd.DataFrame:
+    """Cases as the file has them, where a scan's findings follow one another, or in a random order to draw from."""
+    return cases.iloc[np.random.default_rng(seed).permutation(len(cases))] if is_drawn else cases
 
 
 def summarize_cases(rows: pd.DataFrame, most: float, seed: int = 0) -> dict:
@@ -209,7 +207,7 @@ def summarize_cases(rows: pd.DataFrame, most: float, seed: int = 0) -> dict:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="Folder or Hub id of a saved model with its processor.")
     parser.add_argument("--cases", required=True, type=Path, help="CSV of cases, see above.")
-    parser.add_argument("--num_cases", type=int, help="Draw so many of the cases (default: all).")
+    parser.add_argument("--num_cases", type=int, help="Draw cases at random until so many count (default: take all).")
     parser.add_argument("--seed", type=int, default=0, help="Of that draw and of the intervals (default: %(default)s).")
     parser.add_argument(
         "--most",
@@ -234,8 +232,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.num_cases is not None and args.num_cases < 1:
         raise EvaluationError(f"--num_cases {args.num_cases} must be at least 1.")
-    all_cases = read_cases(args.cases)
-    cases = choose_cases(all_cases, args.num_cases, args.seed)
+    cases = read_cases(args.cases)
     model, processor = load_model(args.model, args.device)
     config = model.config
     if config.preprocessing == "published":
@@ -246,8 +243,11 @@ def run(args: argparse.Namespace) -> int:
     table = np.asarray(organ_label_table(config.organ_classes, config.organs, args.numbering))
     args.out.mkdir(parents=True, exist_ok=True)
     has_twins = set(TWIN_COLUMNS) <= set(cases)
-    rows, examples, known = [], [], ("", None)
-    for case in tqdm(cases.to_dict("records"), unit="case"):
+    rows, examples, known, num_counted = [], [], ("", None), 0
+    wanted = args.num_cases or len(cases)
+    for case in tqdm(in_order(cases, args.num_cases is not None, args.seed).to_dict("records"), unit="case"):
+        if num_counted == wanted:
+            break
         row = {column: case[column] for column in ("patient_id", "finding", "organ")} | {"reason": ""}
         if case["organ"] not in config.organs:
             rows.append(row | {"reason": "the model does not have the organ"})
@@ -268,25 +268,27 @@ def run(args: argparse.Namespace) -> int:
         if found["volume_share"] > args.most:
             row["reason"] = f"the lesion takes up more than {args.most:g} of the organ"
         rows.append(row | found)
+        num_counted += not row["reason"]
         if not row["reason"] and len(examples) < args.pictures:
-            examples.append(draw(case, known[1], organ_map, is_lesion, found, config.organs, args.out))
+            examples.append(draw(case, known[1], organ_map, is_lesion, found, processor.image_processor, args.out))
     frame = pd.DataFrame(rows, columns=["patient_id", "finding", "organ", "reason", *FIGURES, "is_hit", "patches"])
     frame.to_csv(args.out / "cases.csv", index=False, float_format="%.6g")
-    summary = {"model": args.model, "drawn": len(cases), "available": len(all_cases), "seed": args.seed}
+    summary = {"model": args.model, "available": len(cases), "seed": args.seed}
     summary |= summarize_cases(frame, args.most, args.seed) | {"examples": examples}
     (args.out / "lesion_attention.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(format_summary(summary))
     return 0
 
 
-def draw(case: dict, scan: _Scan, organ_map, is_lesion: np.ndarray, found: dict, organs, folder: Path) -> dict:
+def draw(case: dict, scan: _Scan, organ_map, is_lesion: np.ndarray, found: dict, processor, folder: Path) -> dict:
     """Draw the planes through the middle of a lesion into `folder`; returns what stands below the picture."""
     prepared = scan.prepared
-    on_scan = np.zeros(prepared.mask.shape, bool)
+    # What is smaller than the prepared voxels, and between their centres, is not lost.
+    on_scan = resample_mask(is_lesion, scan.volume.spacing, processor.spacing, prepared.box).astype(bool)
     places = [along[at] for along, at in zip(scan.grid.voxels_in(prepared), np.nonzero(is_lesion))]
     is_inside = np.all([along != OUTSIDE for along in places], axis=0)
     on_scan[tuple(along[is_inside] for along in places)] = True
-    is_organ = prepared.mask == list(organs).index(case["organ"]) + 1
+    is_organ = prepared.mask == processor.organs.index(case["organ"]) + 1
     voxels = np.argwhere(on_scan)
     middle = voxels[np.square(voxels - voxels.mean(0)).sum(1).argmin()]
     name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{case['patient_id']}_{case['finding']}") + ".png"

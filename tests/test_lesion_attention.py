@@ -15,7 +15,7 @@ from PIL import Image
 from evaluation_fvlm import lesion_attention
 from evaluation_fvlm.attention import attention_maps, load_model
 from evaluation_fvlm.errors import EvaluationError
-from evaluation_fvlm.lesion_attention import FIGURES, choose_cases, summarize_cases
+from evaluation_fvlm.lesion_attention import FIGURES, in_order, summarize_cases
 from modeling_fvlm import FVLMModel, FVLMProcessor, save_for_hub
 
 PATCH = (2, 4, 8)
@@ -176,12 +176,17 @@ def test_without_a_case_there_are_no_figures():
     assert "nothing to measure" in lesion_attention.format_summary(summary)
 
 
-def test_cases_are_drawn_evenly_and_in_order():
+def test_cases_are_drawn_until_enough_count(saved, tmp_path):
     cases = pd.DataFrame({"finding": np.arange(50)})
-    drawn = choose_cases(cases, 10, 0)["finding"].tolist()
-    assert len(drawn) == 10 and drawn == sorted(set(drawn)) and drawn != list(range(10))
-    assert drawn == choose_cases(cases, 10, 0)["finding"].tolist() != choose_cases(cases, 10, 1)["finding"].tolist()
-    assert len(choose_cases(cases, 99, 0)) == len(choose_cases(cases, None, 0)) == 50
+    drawn = in_order(cases, True, 0)["finding"].tolist()
+    assert sorted(drawn) == list(range(50)) and drawn != list(range(50))
+    assert drawn == in_order(cases, True, 0)["finding"].tolist() != in_order(cases, True, 1)["finding"].tolist()
+    assert in_order(cases, False, 0)["finding"].tolist() == list(range(50))
+    path = write_cases(tmp_path, twins=False)
+    _, summary = measure(saved, path, tmp_path / "out", "--num_cases", "1", "--pictures", "0")
+    assert summary["counted"] == 1 and summary["cases"] == 1 + sum(summary["left_out"].values()) < 6
+    _, summary = measure(saved, path, tmp_path / "out", "--num_cases", "9", "--pictures", "0")
+    assert summary["counted"] == 2 and summary["cases"] == summary["available"] == 6
 
 
 def test_without_twins_there_is_nothing_to_compare(saved, tmp_path):
