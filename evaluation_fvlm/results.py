@@ -24,6 +24,7 @@ from evaluation_fvlm.zero_shot import ZeroShotScores
 COMPARISON = "comparison.json"
 NO_LABEL_AT_ALL = "no row of the split has a label for this finding"
 DROPPED_COLUMNS = ["patient_id", "scan_id", "recon_id", "task", "finding", "reason"]
+FEW_FINDINGS = 4  # lines of a table that say the same
 LIBRARIES = ("torch", "transformers", "datasets", "numpy", "scikit-learn", "scipy", "pandas")
 
 
@@ -253,9 +254,8 @@ def format_table(metrics: dict) -> str:
         if spread := m.get("wording"):
             line += f"  {spread['min']:.3f}-{spread['max']:.3f}, SD {spread['std']:.3f}"
         lines.append(line)
-    for finding, m in per_finding.items():
-        if m["auc"] is None:
-            lines.append(f"{finding:<{width}}  {m['organ']:<18} not measured: {m['reason']}")
+    reasons = {finding: m["reason"] for finding, m in per_finding.items() if m["auc"] is None}
+    lines += _not_measured(reasons, width + 21)
     macro = "none" if metrics["macro_auc"] is None else f"{metrics['macro_auc']:.4f}"
     lines.append(
         f"macro AUC {macro} over {metrics['num_findings']} findings, {metrics['num_patients']} patients, "
@@ -292,9 +292,8 @@ def format_comparison(comparison: dict) -> str:
             f"{finding:<{width}}  {auc['a']:6.3f} {auc['b']:6.3f} {difference['value']:+6.3f}  "
             f"{_interval(difference, '+.3f'):<16} {_p(test.get('p')):>8} {_p(test.get('p_holm')):>8}"
         )
-    for finding, m in per_finding.items():
-        if finding not in measured:
-            lines.append(f"{finding:<{width}}  not measured: {m.get('reason', 'no figure')}")
+    reasons = {finding: m.get("reason", "no figure") for finding, m in per_finding.items() if finding not in measured}
+    lines += _not_measured(reasons, width + 2)
     macro = comparison["macro"]["auc"]
     if macro["difference"]["value"] is not None:
         lines.append(
@@ -303,6 +302,19 @@ def format_comparison(comparison: dict) -> str:
             f"{_p(macro['difference']['p'])}"
         )
     return "\n".join(lines)
+
+
+def _not_measured(reasons: dict[str, str], width: int) -> list[str]:
+    """A line for each finding; of many with one reason a line for all."""
+    lines = []
+    for reason in dict.fromkeys(reasons.values()):
+        findings = [finding for finding, one in reasons.items() if one == reason]
+        if len(findings) <= FEW_FINDINGS:
+            lines += [f"{finding:<{width}}not measured: {reason}" for finding in findings]
+        else:
+            some = ", ".join(findings[:FEW_FINDINGS])
+            lines.append(f"not measured: {reason}: {len(findings)} findings, as {some}; metrics.json names all")
+    return lines
 
 
 def _number(figure: dict) -> str:

@@ -600,6 +600,20 @@ def test_plots_of_no_and_one_finding(tmp_path):
             assert (tmp_path / f"{name}_{plot.__name__}.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("count, num_lines", [(4, 4), (5, 1)])
+def test_many_findings_without_a_figure_take_one_line(count, num_lines):
+    columns = ["patient_id", "scan_id", "recon_id", "finding", "organ", "score", "label", "is_complete"]
+    rows = [
+        (f"p{n}", "s", f"r{n}", finding, "lung", 0.1 * n, np.nan if finding != "Known" else float(n > 1), True)
+        for finding in ["Known", *(f"Unknown {number}" for number in range(count))]
+        for n in range(4)
+    ]
+    table = results.format_table(summarize(pd.DataFrame(rows, columns=columns).assign(task="t")))
+    lines = [line for line in table.splitlines() if "not measured: no scan among the 0 scored and labelled" in line]
+    assert len(lines) == num_lines and "Unknown 0" in lines[0] and "1.000" in table
+    assert num_lines > 1 or "5 findings" in lines[0]
+
+
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit) as stopped:
         eval_fvlm.parse_arguments(["--help"])
