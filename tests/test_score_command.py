@@ -178,11 +178,13 @@ def test_compare(files, tmp_path, capsys):
 
 def test_compare_counts_what_one_run_lacks(files, tmp_path, capsys):
     text = (files / "b.csv").read_text().splitlines()
-    (files / "b.csv").write_text("\n".join(text[:-3]) + "\n")
+    (files / "b.csv").write_text("\n".join([*text[:-3], "case_y,0.5,0.5"]) + "\n")
+    (files / "a.csv").write_text((files / "a.csv").read_text() + "case_x,0.5,0.5\n")
     scores = ["--scores", files / "a.csv", files / "b.csv", "--labels", files / "labels.csv"]
     assert run("compare", *scores, "--json", tmp_path / "out.json") == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["excluded"] == {"case and finding of run a alone": 6} and result["num_patients"] == 37
+    assert result["dropped_cases"]["no row in the label file"] == {"count": 2, "cases": ["case_x", "case_y"]}
     capsys.readouterr()
     # Thresholds of every run from its own development scores.
     for name in ("a", "b", "labels"):

@@ -258,6 +258,8 @@ def test_rows_that_contradict_each_other_are_refused(read):
 def test_columns_and_findings_must_match_one_to_one(read):
     with pytest.raises(EvaluationError, match=r"'lung_nodule' matches the findings \['Lung nodule', 'Lung_Nodule'\]"):
         read("file_name,lung_nodule\na,0.5\n", "VolumeName,Lung nodule,Lung_Nodule\na,0,1\n")
+    exact = read("file_name,Lung_Nodule\na,0.5\n", "VolumeName,Lung nodule,Lung_Nodule\na,0,1\n")
+    assert exact.frame["finding"].tolist() == ["Lung_Nodule"]
     with pytest.raises(EvaluationError, match=r"'Nodule' and 'lung_Nodule_No._Yes.' both match the finding 'Nodule'"):
         read("file_name,Nodule,lung_Nodule_No._Yes.\nvalid_1_a_1,0.5,0.5\n")
     with pytest.raises(EvaluationError, match=r"matches the findings \['b', 'b_c'\]"):
