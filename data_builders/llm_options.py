@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from .cases import counted
 from .llm_answers import FORMS, Report, load_prompt
 from .llm_calls import Limits
 from .llm_client import ChatClient, HTTPClient, choose_model, is_this_machine, key_from
-from .llm_decompose import Rules, Settings, Tally, decompose_with_llm, estimate, money
+from .llm_decompose import Rules, Settings, Tally, decompose_with_llm, duration, estimate, money
 from .llm_ledger import Ledger
 from .llm_local import TransformersClient
 from .summary import console
@@ -29,6 +30,7 @@ from .summary import console
 if TYPE_CHECKING:
     from .decomposition import Decomposition
 
+SECONDS_BETWEEN_LINES = 60.0  # that tell how far a run is
 NEEDED = ("llm_url", "llm_local")
 POSITIVE = (
     *("llm_concurrency", "llm_requests_per_minute", "llm_tokens_per_minute", "llm_timeout", "llm_tries", "llm_answers"),
@@ -193,6 +195,7 @@ class LanguageModel:
     settings: Settings
     is_estimate_only: bool = False
     tally: Tally = field(default_factory=Tally)
+    num_reports: int = 0
 
     def begin(self, reports: Iterable[Report], rules: Rules) -> bool:
         """Tell what to expect; whether to go on."""
@@ -201,6 +204,7 @@ class LanguageModel:
         expected = estimate(
             reports, self.organs, self.client, rules, self.ledger, self.settings, look_for_persons=is_elsewhere
         )
+        self.num_reports = expected.reports
         for line in expected.lines(self.ledger, self.settings):
             tell(line)
         if is_elsewhere:
@@ -213,8 +217,24 @@ class LanguageModel:
         return not self.is_estimate_only
 
     def decompose(self, reports: Iterable[Report], rules: Rules) -> Iterator[Decomposition]:
-        """As `decompose_with_llm`."""
-        return decompose_with_llm(reports, self.organs, self.client, rules, self.ledger, self.settings, self.tally)
+        """As `decompose_with_llm`; tells now and then how far it is."""
+        done = decompose_with_llm(reports, self.organs, self.client, rules, self.ledger, self.settings, self.tally)
+        begin, told = time.monotonic(), time.monotonic()
+        with contextlib.closing(done):
+            for number, decomposition in enumerate(done, 1):
+                now = time.monotonic()
+                if now - told >= SECONDS_BETWEEN_LINES:
+                    told = now
+                    tell(self.progress(number, now - begin))
+                yield decomposition
+
+    def progress(self, number: int, seconds: float) -> str:
+        """How far it is after so many reports and seconds."""
+        left = duration(seconds / number * max(0, self.num_reports - number))
+        ledger = self.ledger
+        cost = "" if ledger.prices is None else f", cost {money(ledger.spent - ledger.spent_before)}"
+        reports = f"{number:,} of {self.num_reports:,}, about {left} left"
+        return f"  {reports}; {ledger.calls:,} calls, {self.tally.fallen_back.total():,} fell back{cost}"
 
     def to_json(self) -> dict:
         """For a manifest: who was asked, with what words, and what came of it."""

@@ -8,7 +8,7 @@ import pytest
 from llm_reports import ORGANS, SmallReport, right_answer, small_reports, truth
 from llm_stand_in import llm_stand_in
 
-from data_builders import decompose_command
+from data_builders import decompose_command, llm_options
 from data_builders.__main__ import main
 from data_builders.llm_answers import numbered
 from data_builders.llm_local import TransformersClient
@@ -94,6 +94,15 @@ def test_a_hybrid_run_asks_for_what_the_rules_are_not_certain_of(command, server
     assert asked == unsure and len(server.asked) == len(unsure)
     assert {name for name, entry in entries.items() if entry["method"] == "llm"} <= set(unsure)
     assert f"{6 - len(unsure)} left to the rules" in capsys.readouterr().out
+
+
+def test_a_long_run_tells_how_far_it_is(command, server, monkeypatch, capsys):
+    monkeypatch.setattr(llm_options, "SECONDS_BETWEEN_LINES", 0.0)
+    assert command("--method", "llm", "--llm_price", "1", "4") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " left; " in line]
+    assert len(lines) == 10
+    for number, line in enumerate(lines, 1):
+        assert re.fullmatch(rf"  {number} of 10, about \d+ s left; \d+ calls, 0 fell back, cost 0\.\d+", line), line
 
 
 def test_a_run_that_is_stopped_says_how_it_goes_on(command, server, tmp_path, monkeypatch, capsys):
