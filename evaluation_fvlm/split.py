@@ -24,6 +24,7 @@ from modeling_fvlm.processed_split import load_rows, natural_key
 
 LEVELS = ("scan", "reconstruction")
 DUPLICATES = ("keep", "drop")
+SAME_ROW = "the split holds this reconstruction twice"
 NOT_FIRST = "another reconstruction of the scan is scored"
 SAME_REPORT = "report equal to that of an earlier scan of the patient"
 BEYOND_LIMIT = "beyond --limit"
@@ -146,8 +147,8 @@ def choose_scans(
     AUC look surer than it is. "First" is by `recon_id` (x_2 before x_10), so the choice does not hang on the order of
     the shards. Scans of two patients are two, whatever they are called.
 
-    Labels come from reports, so two rows of one patient with equal reports are one observation. Equal reports of
-    different patients are two: "normal" is said of many.
+    A row that the split holds twice is scored once. Labels come from reports, so two rows of one patient with equal
+    reports are one observation; equal reports of different patients are two: "normal" is said of many.
 
     Args:
         level: "scan" (one row each) or "reconstruction" (all; what the published CT-RATE numbers count).
@@ -168,8 +169,10 @@ def choose_scans(
     identity = pd.DataFrame({name: dataset[name][:] for name in DROPPED_COLUMNS[:-1]})
     reason = pd.Series("", index=identity.index)
     order = sorted(identity.index, key=lambda row: natural_key(identity["recon_id"][row]))  # equal names: split's order
+    repeated = identity.duplicated()
+    reason[repeated] = SAME_ROW
     if level == "scan":
-        repeated = identity.loc[order].duplicated(["patient_id", "scan_id"])
+        repeated = identity.loc[[row for row in order if not reason[row]]].duplicated(["patient_id", "scan_id"])
         reason[repeated.index[repeated]] = NOT_FIRST
     if duplicates == "drop":
         if not set(REPORT_COLUMNS) & set(dataset.column_names):

@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from evaluation_fvlm.errors import EvaluationError
-from evaluation_fvlm.split import BEYOND_LIMIT, NOT_FIRST, SAME_REPORT, choose_scans
+from evaluation_fvlm.split import BEYOND_LIMIT, NOT_FIRST, SAME_REPORT, SAME_ROW, choose_scans
 
 ROWS = [  # patient, scan, reconstruction, findings, impression
     ("p", "p_a", "p_a_10", "Nodule.", "Nodule."),
@@ -41,6 +41,16 @@ def test_every_row_is_scored_or_named(level, duplicates, limit):
     assert reasons.get(SAME_REPORT, 0) == repeated
     left = len(rows) - (level == "scan") - repeated
     assert reasons.get(BEYOND_LIMIT, 0) == max(0, left - (limit or left))
+
+
+@pytest.mark.parametrize("level", ["scan", "reconstruction"])
+def test_a_row_that_the_split_holds_twice_is_scored_once(level):
+    names = ("patient_id", "scan_id", "recon_id")
+    rows = Dataset.from_list([dict(zip(names, row)) for row in [*ROWS, ROWS[1], ROWS[4]]])
+    chosen, dropped = choose_scans(rows, level)
+    assert sorted(chosen["recon_id"]) == sorted(choose_scans(split(), level)[0]["recon_id"])
+    again = dropped[dropped["reason"] == SAME_ROW]
+    assert again["recon_id"].tolist() == ["p_a_2", "q_a_1"]
 
 
 def test_duplicates_cannot_be_told_without_reports():
