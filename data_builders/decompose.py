@@ -49,6 +49,7 @@ NUMBERS = re.compile(r"(\d{1,2})(?:st|nd|rd|th|\.)?(?:\s?(?:-|to|through)\s?(\d{
 NEAR_RIB = re.compile(
     r"((?:\d{1,2}(?:st|nd|rd|th|\.)?[\s,\-]*(?:and|to|through|&)?\s*)+)(?:\w+\s){0,2}ribs?\b|\bribs?\s(?:#\s?)?((?:\d{1,2}(?!\s?[mc]m)[\s,\-]*(?:and|to|through)?\s*)+)"
 )
+POINTERS = (("this", "is"), ("these", "are"), ("this", "ha"), ("this", "may"))
 PRONOUNS = frozenset(["it", "its", "they", "their", "them", "these", "this", "both", "those"])
 MIN_ENGLISH_WORDS, MIN_ENGLISH = 12, 0.12  # a report of so many words holds at least this share of English ones
 FUNCTION_WORDS = frozenset(
@@ -61,10 +62,10 @@ NODE_WORDS = frozenset(
 )
 PLACE_WORD = re.compile(r"\b(?:in|at|of|around|along|near|within|between|on|to|from|adjacent|surrounding)\b")
 HEADING = re.compile(rf"(?P<head>[^:.;!?\n]{{2,{MAX_HEADING}}}?)(?P<mark>:(?!\d)|\s[-–—]\s)")
-# A heading that names a region and no organ is no part of the sentence behind it.
+# In a text of several lines, a heading that names a region and no organ is no part of the sentence behind it.
 REGION_HEADING = re.compile(
     r"^(?:ct (?:of )?)?(?:the )?(?:head|neck|head and neck|chest|thorax|abdomen|pelvis|abdomen (?:and|&) pelvis|abdomen/pelvis"
-    r"|chest/abdomen/pelvis|whole body|skeleton|other|others|miscellaneous)\s*:\s*(?=\S)",
+    r"|chest/abdomen/pelvis|whole body|skeleton|extracardiac)\s*:\s*(?=\S)",
     re.IGNORECASE,
 )
 SUBJECT = re.compile(
@@ -528,14 +529,16 @@ class Context:
 
     def __init__(self, lexicon: Lexicon, analyse) -> None:
         self.lexicon, self.analyse = lexicon, analyse
+        self.has_lines = False
         self.last: frozenset[str] = frozenset()
         self.named_first: frozenset[str] = frozenset()
         self.named_last: frozenset[str] = frozenset()
         self.heading: frozenset[str] | None = None
         self.said_with: dict[str, list[frozenset[str]]] = {}
 
-    def begin_section(self) -> None:
+    def begin_section(self, sentences: Sequence[Sentence]) -> None:
         self.last, self.heading = frozenset(), None
+        self.has_lines = sum(sentence.begins_line for sentence in sentences) > 1
 
     def place(self, sentence: Sentence) -> Placed | None:
         """The organs of the next sentence; None for a heading, which says nothing by itself."""
@@ -547,13 +550,16 @@ class Context:
         analysis = self.analyse(text)
         if self.lexicon.remarks.search(analysis.text):
             return Placed(text, frozenset(), True, analysis)
-        if (head := heading_of(text)) is not None:
-            named = self.analyse(head)
+        own: frozenset[str] = frozenset()
+        if (head := heading_of(text)) is not None and not self.says_finding(named := self.analyse(head)):
+            behind = self.analyse(text[len(head) + 1 :])
+            if behind.organs < named.organs and behind.organs and self.names_only(named) and text.count(":") == 1:
+                own = behind.organs  # "LUNGS AND AIRWAYS: the central airways are patent"
             if named.organs or named.is_elsewhere or named.weak:
                 self.heading = named.organs or (frozenset() if named.is_elsewhere else named.weak)
             elif not named.words or RESETTING.search(named.text):
                 self.heading = None
-        organs, is_sure = self.organs_of(analysis)
+        organs, is_sure = (own, True) if own else self.organs_of(analysis)
         if analysis.organs or analysis.is_elsewhere or organs or not analysis.is_general:
             if not (analysis.is_general and not organs):
                 self.last = organs
@@ -563,7 +569,9 @@ class Context:
         for noun in analysis.nouns:
             if organs or analysis.is_elsewhere:
                 self.said_with.setdefault(noun, []).append(analysis.organs_near(noun, organs))
-        return Placed(REGION_HEADING.sub("", text), organs, is_sure, analysis)
+        if self.has_lines and sentence.begins_line:
+            text = REGION_HEADING.sub("", text)
+        return Placed(text, organs, is_sure, analysis)
 
     def is_heading_line(self, sentence: Sentence) -> bool:
         """Take note of a line that is a heading: "LIVER:", "Lungs and pleura"."""
@@ -572,24 +580,23 @@ class Context:
         if not is_alone and not (sentence.is_line and len(text.split()) <= 8 and len(text) <= MAX_HEADING):
             return False
         named = self.analyse(text.rstrip(" :-–"))
-        if not is_alone:
-            patterns = self.lexicon.patterns
-            names = {place for mention in named.mentions for place in range(mention.first, mention.last)}
-            others = [
-                word for place, word in enumerate(named.words) if place not in names and word not in HEADING_WORDS
-            ]
-            if (
-                others
-                or not named.mentions
-                or any(patterns[cue].search(named.text) for cue in ("abnormal", "definite", "normal"))
-            ):
-                return False
+        if self.says_finding(named) or not (is_alone or (named.mentions and self.names_only(named))):
+            return is_alone and not named.mentions
         if named.organs or named.is_elsewhere or named.weak:
             self.heading = named.organs or (frozenset() if named.is_elsewhere else named.weak)
         else:
             self.heading = None
         self.last = self.heading or frozenset()
         return True
+
+    def says_finding(self, analysis: Analysis) -> bool:
+        """Whether words that might be a heading state something: "Coronary calcium: moderate"."""
+        return any(self.lexicon.patterns[cue].search(analysis.text) for cue in ("abnormal", "definite"))
+
+    def names_only(self, analysis: Analysis) -> bool:
+        """Whether it consists of places and the words between them."""
+        names = {place for mention in analysis.mentions for place in range(mention.first, mention.last)}
+        return all(place in names or word in HEADING_WORDS for place, word in enumerate(analysis.words))
 
     def organs_of(self, analysis: Analysis) -> tuple[frozenset[str], bool]:
         """Organs of a sentence, and whether they are sure."""
@@ -601,14 +608,15 @@ class Context:
             if referred and analysis.relates:
                 return analysis.organs | referred, True
             if analysis.begins_with_pronoun and not analysis.is_general and self.last:
-                return analysis.organs | (
-                    self.last if analysis.words[0] in ("it", "its", "they") else frozenset()
-                ), True
+                refers = analysis.words[0] in ("it", "its", "they") or starts_with(analysis.words, POINTERS)
+                return analysis.organs | (self.last if refers else frozenset()), True
             return analysis.organs, True
         if analysis.is_elsewhere:
             if referred:
                 return referred, False
-            refers = analysis.words[:1] in (["it"], ["its"], ["they"]) and not analysis.is_general
+            refers = (
+                analysis.words[:1] in (["it"], ["its"], ["they"]) or starts_with(analysis.words, POINTERS)
+            ) and not analysis.is_general
             return (self.last, False) if refers else (frozenset(), True)
         if analysis.soft and not analysis.weak:
             return analysis.soft, False
@@ -678,13 +686,14 @@ def heading_of(sentence: str) -> str | None:
 
 
 def place_sentences(
-    findings: Iterable[Sentence], impression: Iterable[Sentence], lexicon: Lexicon
+    findings: Sequence[Sentence], impression: Sequence[Sentence], lexicon: Lexicon
 ) -> tuple[list[Placed], list[Placed]]:
     """The sentences of both sections with their organs (steps 2 to 4); findings first, the impression refers to them."""
     context = Context(lexicon, cached_analysis(lexicon))
+    context.begin_section(findings)
     of_findings = [placed for sentence in findings if (placed := context.place(sentence))]
     told = {noun: list(said) for noun, said in context.said_with.items()}
-    context.begin_section()
+    context.begin_section(impression)
     context.said_with = {}
     of_impression = []
     for sentence in impression:

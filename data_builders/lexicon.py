@@ -99,7 +99,7 @@ IRREGULAR = {
     "diverticula": "diverticulum", "metastases": "metastasis", "atelectases": "atelectasis", "stenoses": "stenosis",
     "bronchi": "bronchus", "septa": "septum", "hila": "hilum", "acetabula": "acetabulum", "humeri": "humerus",
     "femora": "femur", "varices": "varix", "apices": "apex", "calices": "calyx", "calyces": "calyx", "ganglia": "ganglion",
-    "lenses": "lens", "pneumothoraces": "pneumothorax", "hemithoraces": "hemithorax", "rami": "ramus", "crura": "crus",
+    "lenses": "len", "pneumothoraces": "pneumothorax", "hemithoraces": "hemithorax", "rami": "ramus", "crura": "crus",
     "atria": "atrium", "thalami": "thalamus", "clavicles": "clavicle", "lymphadenopathies": "lymphadenopathy",
     "prostheses": "prosthesis", "pelves": "pelvis", "aneurysmata": "aneurysm", "hematomata": "hematoma", "bases": "base",
 }  # fmt: skip
