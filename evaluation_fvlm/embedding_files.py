@@ -18,7 +18,8 @@ A table with the embeddings of one organ, in pandas:
     scans = pandas.read_parquet("DIR/scans.parquet", columns=["recon_id", "image_embeds/lung"]).dropna()
 
 Texts are stored once, not once per scan: of 24 organs most captions are the same few sentences, and equal indices say
-that two scans have the same text. Scans are written as they come, `ROWS_PER_GROUP` at a time, and none is kept.
+that two scans have the same text. Scans are written as they come, `ROWS_PER_GROUP` at a time, and none is kept:
+`embed_to_files` embeds a split of any size in flat memory, but for its texts.
 """
 
 from __future__ import annotations
@@ -34,8 +35,20 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation_fvlm.embedding import SCAN_COLUMNS, ScanEmbedding, SplitEmbeddings, SplitTexts
+from evaluation_fvlm.embedding import (
+    SCAN_COLUMNS,
+    EmbeddingRun,
+    ScanEmbedding,
+    SplitEmbeddings,
+    SplitTexts,
+    embed_scans,
+    embed_split_texts,
+    volume_pooling,
+)
 from evaluation_fvlm.errors import EvaluationError
 
 FORMAT_VERSION = 1
@@ -305,6 +318,56 @@ def save_embeddings(
                 )
             )
     return Path(folder)
+
+
+def embed_to_files(
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    *,
+    info: Mapping[str, Any] | None = None,
+    prompts: Mapping[str, np.ndarray] | None = None,
+    dtype: str = "float32",
+    keep_texts: bool = True,
+    tower_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> EmbeddingRun:
+    """Embed a split of any size and write it scan by scan: only texts and their embeddings are held.
+
+    What `save_embeddings` of `embed_split` and `embed_split_texts` writes, rows in another order.
+
+    Args:
+        folder, info, prompts, dtype, keep_texts: As of `save_embeddings`.
+        model, tokenizer, dataset: As of `embed_split` and `embed_split_texts`.
+        tower_dtype: Autocast both towers to this.
+        options: Others of `embed_scans`: rule, batch_size, num_workers, progress, with_mean_pooling.
+
+    Raises:
+        EvaluationError: As those do.
+    """
+    texts = embed_split_texts(model, tokenizer, dataset, dtype=tower_dtype, progress=options.get("progress", False))
+    made_by = {
+        "asked_organs": list(model.config.organs),
+        "volume_pooling": volume_pooling(model),
+        "num_cut_captions": texts.num_cut_captions,
+        "num_cut_reports": texts.num_cut_reports,
+    }
+    with EmbeddingWriter(
+        folder,
+        model.config.organs,
+        model.config.projection_dim,
+        made_by | dict(info or {}),
+        texts=texts,
+        prompts=prompts,
+        dtype=dtype,
+        with_volume=True,
+        with_mean_pooling=options.get("with_mean_pooling", False),
+        keep_texts=keep_texts,
+    ) as writer:
+        run = embed_scans(model, dataset, writer.add, dtype=tower_dtype, with_volume=True, **options)
+        writer.info |= {"num_windows": run.num_windows, "seconds": round(run.seconds, 2)}
+    return run
 
 
 def load_embeddings(folder: str | Path) -> StoredEmbeddings:

@@ -8,13 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from evaluation_samples import tiny_model, tiny_tokenizer
+from evaluation_samples import tiny_model, tiny_rows, tiny_tokenizer
 from test_embedding import branch_model, rows_with_an_empty_scan, rows_with_texts
 
 from evaluation_fvlm import embedding_files
+from evaluation_fvlm.diagnostics import diagnose
 from evaluation_fvlm.embedding import ScanEmbedding, SplitEmbeddings, embed_scans, embed_split, embed_split_texts
-from evaluation_fvlm.embedding_files import EmbeddingWriter, load_embeddings, save_embeddings
+from evaluation_fvlm.embedding_files import EmbeddingWriter, embed_to_files, load_embeddings, save_embeddings
 from evaluation_fvlm.errors import EvaluationError
+from evaluation_fvlm.retrieval import retrieve
 
 ARRAYS = ("image_embeds", "is_present", "is_complete", "volume_embeds", "mean_pooled_embeds")
 TEXT_ARRAYS = ("caption_embeds", "caption_index", "is_abnormal", "is_mentioned", "report_embeds", "report_index")
@@ -92,6 +94,29 @@ def test_scans_are_written_as_they_come_and_read_in_order(split, tmp_path, rows_
     assert most < rows_per_group
     assert pq.ParquetFile(tmp_path / "scans.parquet").num_row_groups == -(-5 // rows_per_group)
     check_equal(load_embeddings(tmp_path), split, rtol=0, atol=2e-6)
+
+
+def test_a_split_of_any_size_goes_scan_by_scan_to_the_files(split, tmp_path):
+    dataset, model = Dataset.from_list(rows_with_texts()), branch_model("attention")
+    run = embed_to_files(
+        tmp_path, model, tiny_tokenizer(), dataset, info={"logit_scale": 2.0}, batch_size=3, with_mean_pooling=True
+    )
+    loaded = load_embeddings(tmp_path)
+    check_equal(loaded, split, rtol=0, atol=2e-6)
+    assert loaded.info["num_windows"] == run.num_windows == loaded.embeddings.num_windows > 5
+    assert loaded.embeddings.volume_pooling == split[0].volume_pooling and loaded.info["logit_scale"] == 2.0
+
+
+def test_a_split_whose_rows_have_no_texts_has_none_to_search(tmp_path):
+    dataset, model = Dataset.from_list(tiny_rows()), tiny_model()
+    texts = embed_split_texts(model, tiny_tokenizer(), dataset)
+    save_embeddings(tmp_path, embed_split(model, dataset, with_volume=True), texts)
+    loaded = load_embeddings(tmp_path)
+    assert loaded.texts.captions == loaded.texts.reports == [] and (loaded.texts.report_index == -1).all()
+    found = retrieve(loaded.embeddings, loaded.texts, num_bootstraps=0)
+    assert found["global"]["pools"] is None and found["macro"]["num_organs"] == 0
+    figures = diagnose(loaded)["per_organ"]["lung"]
+    assert figures["alignment"] is None and figures["image_effective_rank"] > 1
 
 
 def test_texts_can_stay_out(split, tmp_path):
