@@ -30,6 +30,7 @@ from .summary import console
 if TYPE_CHECKING:
     from .decomposition import Decomposition
 
+FOR_GOOD = ("no usable answer", "more than")  # so begin the reasons that another run would meet again
 SECONDS_BETWEEN_LINES = 60.0  # that tell how far a run is
 NEEDED = ("llm_url", "llm_local")
 POSITIVE = (
@@ -258,7 +259,7 @@ class LanguageModel:
         lines.insert(
             1, f"  {counted(ledger.calls, 'call')}: {ledger.tokens_in:,} tokens in, {ledger.tokens_out:,} out{cost}"
         )
-        if self.tally.fallen_back:
+        if any(not reason.startswith(FOR_GOOD) for reason in self.tally.fallen_back):
             lines.append(
                 "  The same command asks again for what a server's failure or the budget has left to the rules, and "
                 "for nothing else."

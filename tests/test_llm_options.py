@@ -144,6 +144,10 @@ def test_a_report_that_fell_back_says_why(command, server, tmp_path, capsys):
     assert entries["case_3"]["notes"] == {"not by the model: no usable answer (a sentence that is not there)": 1}
     out = capsys.readouterr().out
     assert out.count("no usable answer (a sentence that is not there)") == 1 and "1 fell back to the rules" in out
+    assert "asks again" not in out, "the same answer would be refused again"
+    server.faults = lambda report, number: "status 500" if report == third else None
+    assert command("--method", "llm", "--llm_tries", "1", "--llm_model", "other") == 0
+    assert "The same command asks again" in capsys.readouterr().out
 
 
 def test_an_estimate_writes_and_asks_nothing(command, server, tmp_path, capsys):
