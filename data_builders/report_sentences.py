@@ -19,6 +19,7 @@ from typing import NamedTuple
 # A tag, and no "<5 mm" or "a<b".
 TAG = re.compile(r"<(?:/?[a-zA-Z][a-zA-Z0-9:]*(?:\s[^<>]{0,1000})?/?|!--.{0,200}?--|![a-zA-Z][^<>]{0,200})>", re.DOTALL)
 BLOCK_TAG = re.compile(r"</?(?:br|p|div|li|ul|ol|tr|table|h[1-6]|section)\b", re.IGNORECASE)
+INLINE_TAG = re.compile(r"</?(?:b|i|u|em|strong|span|font|small|mark|a|sup|sub)\b", re.IGNORECASE)
 SCRIPT = re.compile(r"<(/?)(script|style)\b[^<>]{0,1000}>", re.IGNORECASE)
 CONTROL = re.compile(
     r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff]"
@@ -112,7 +113,7 @@ def clean(text: str) -> tuple[str, Counter]:
     found: Counter = Counter()
     if "<" in text or "&" in text:
         stripped = without_scripts(text)
-        stripped, num_tags = TAG.subn(lambda tag: "\n" if BLOCK_TAG.match(tag[0]) else " ", stripped)
+        stripped, num_tags = TAG.subn(in_place_of_tag, stripped)
         unescaped = html.unescape(stripped) if "&" in stripped else stripped
         if num_tags or unescaped != stripped:
             found["html"] = num_tags + (unescaped != stripped)
@@ -126,6 +127,10 @@ def clean(text: str) -> tuple[str, Counter]:
     if "#" in text:
         text = MARKDOWN_HEADING.sub(lambda line: line[1] if line[1].endswith((":", ".")) else f"{line[1]}:", text)
     return text.replace("\xa0", " ").replace("\xad", ""), found
+
+
+def in_place_of_tag(tag: re.Match) -> str:
+    return "\n" if BLOCK_TAG.match(tag[0]) else "" if INLINE_TAG.match(tag[0]) else " "
 
 
 def without_scripts(text: str) -> str:

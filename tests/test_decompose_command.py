@@ -1,0 +1,211 @@
+"""`python -m data_builders decompose`: what it reads and writes, any number of processes, and bad reports."""
+
+import csv
+import json
+import random
+import re
+
+import pytest
+
+from data_builders.__main__ import main
+from data_builders.cases import OrganText
+from data_builders.decompose import decompose_report
+from data_builders.decomposition import Decomposition
+from data_builders.folder_reports import read_ready_reports
+from data_builders.lexicon import load_lexicon
+
+LEXICON = load_lexicon("english")
+REPORTS = [
+    ("r1", "The liver is enlarged. The spleen is normal.", "Hepatomegaly."),
+    ("r2", "No pleural effusion.\nThe heart is enlarged.", ""),
+    ("r3", "FINDINGS: Gallstones. IMPRESSION: Cholelithiasis.", ""),
+]
+
+
+@pytest.fixture
+def reports(tmp_path):
+    path = tmp_path / "reports.csv"
+    write_csv(path, ["id", "findings", "impression"], REPORTS)
+    return path
+
+
+def write_csv(path, columns, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def run(*arguments):
+    return main(["decompose", *map(str, arguments)])
+
+
+def read(path):
+    return {entry["id"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))}
+
+
+def test_json(reports, tmp_path, capsys):
+    out = tmp_path / "out" / "split.json"
+    assert run("--reports", reports, "--organs", "body_24", "--out", out, "--labels", "ct_rate_18") == 0
+    entries = read(out)
+    assert list(entries) == ["r1", "r2", "r3"]
+    assert entries["r1"]["organs"] == {
+        "liver": {"findings": ["The liver is enlarged."], "impression": ["Hepatomegaly."], "abnormal": True},
+        "spleen": {"findings": ["The spleen is normal."], "impression": [], "abnormal": False},
+    }
+    assert entries["r2"]["labels"] == {"Cardiomegaly": "present", "Pleural effusion": "absent"}
+    assert entries["r3"]["organs"]["gallbladder"]["impression"] == ["Cholelithiasis."]
+    assert entries["r1"]["findings"] == REPORTS[0][1] and entries["r1"]["method"] == "rules"
+    assert "3 reports" in capsys.readouterr().out
+    assert Decomposition.from_json(entries["r1"]).organs["spleen"] == OrganText((), ("The spleen is normal.",), False)
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path):
+    path = tmp_path / "many.csv"
+    chosen = random.Random(0)
+    sentences = [sentence for _, findings, _ in REPORTS for sentence in findings.split(". ")] + ["It is unchanged."]
+    write_csv(path, ["id", "findings"], [(f"r{n}", ". ".join(chosen.choices(sentences, k=9))) for n in range(150)])
+    for workers in (1, 2):
+        run("--reports", path, "--organs", "body_36", "--out", tmp_path / f"{workers}.jsonl", "--workers", workers)
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
+    assert len((tmp_path / "1.jsonl").read_text().splitlines()) == 150
+
+
+def test_the_published_form_is_read_by_the_builder(reports, tmp_path):
+    run("--reports", reports, "--organs", "body_24", "--out", tmp_path / "out", "--format", "published")
+    found = read_ready_reports(
+        tmp_path / "out" / "desc_info.json", tmp_path / "out" / "conc_info.json", ["liver", "heart"]
+    )
+    assert found["r1"].organ_texts["liver"].findings == ("The liver is enlarged.",)
+    assert found["r2"].organ_texts["heart"].impression == ()
+
+
+def test_a_csv_to_correct(reports, tmp_path):
+    run("--reports", reports, "--organs", "body_24", "--out", tmp_path / "correct.csv", "--format", "csv")
+    rows = list(csv.DictReader((tmp_path / "correct.csv").read_text(encoding="utf-8-sig").splitlines()))
+    assert {(row["organ"], row["abnormal"]) for row in rows if row["id"] == "r1"} == {
+        ("liver", "yes"),
+        ("spleen", "no"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("columns", "arguments"),
+    [
+        (["VolumeName", "Findings_EN", "Impressions_EN"], []),
+        (["id", "Befund", "Beurteilung"], ["--columns", "findings=Befund,impression=Beurteilung"]),
+    ],
+)
+def test_columns_of_other_names(tmp_path, columns, arguments):
+    path = tmp_path / "reports.csv"
+    write_csv(path, columns, [("a", "The liver is normal.", "Not given.")])
+    run("--reports", path, "--organs", "body_24", "--out", tmp_path / "out.json", *arguments)
+    entry = read(tmp_path / "out.json")["a"]
+    assert entry["organs"]["liver"]["findings"] == ["The liver is normal."] and entry["impression"] in (
+        "",
+        "Not given.",
+    )
+    assert list(entry["organs"]) == ["liver"]
+
+
+def test_bad_reports_are_counted(tmp_path, capsys):
+    turkish = (
+        "Trakea ve her iki ana bronş açıktır. Kalp boyutu normaldir. Perikardiyal efüzyon izlenmedi. Karaciğer doğal."
+    )
+    rows = [
+        ("empty", "", ""),
+        ("blank", " \n ", ""),
+        ("html", "<p>The liver is &lt; 15 cm.</p><br>The spleen is <b>enlarged</b>.", ""),
+        ("control", "The liver\x01 is normal.", ""),
+        ("turkish", turkish, ""),
+        ("long", "The liver is normal. The aorta is dilated " * 25_000, ""),
+        ("marks", "?!.,;:()[]{}<>*-_=+" * 50, "1. 2. 3."),
+        ("one_word", "Cholelithiasis", ""),
+    ]
+    path = tmp_path / "bad.csv"
+    write_csv(path, ["id", "findings", "impression"], rows)
+    run("--reports", path, "--organs", "body_24", "--out", tmp_path / "out.json")
+    entries = read(tmp_path / "out.json")
+    notes = {name: set(entry.get("notes", {})) for name, entry in entries.items()}
+    assert notes["empty"] == notes["blank"] == {"empty"} and not entries["empty"]["organs"]
+    assert notes["html"] == {"html"} and entries["html"]["organs"]["spleen"]["findings"] == ["The spleen is enlarged."]
+    assert notes["control"] == {"control_characters"} and "liver" in entries["control"]["organs"]
+    assert notes["turkish"] == {"not_english"} and not entries["turkish"]["organs"]
+    assert set(entries["long"]["organs"]) == {"liver", "aorta"}
+    assert not entries["marks"]["organs"]
+    assert entries["one_word"]["organs"]["gallbladder"]["abnormal"]
+    told = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "2 reports without text",
+        "1 report not English",
+        "1 report with HTML",
+        "1 report with control characters",
+    ):
+        assert line in told
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "arguments", "match"),
+    [
+        ("none.csv", None, [], "there is no file"),
+        ("a.csv", "name,findings\n1,x\n", [], "no column 'id'.*--columns id="),
+        ("a.csv", "id,report_txt\n1,x\n", [], "no column findings or impression"),
+        ("a.csv", "id,findings\n1,x\n1,y\n", [], "the id '1' comes twice"),
+        ("a.csv", "id,findings\n1,x\n", ["--columns", "findngs=x"], "is not OURS=YOURS.*nearest: 'findings'"),
+        ("a.csv", b"id,findings\n1,caf\xe9\n", [], "is not UTF-8"),
+        ("a.xlsx", "PK", [], "is a workbook"),
+        ("a.jsonl", '{"id": "1", "findings": "x"}\n{"findings"\n', [], "line 2 is not of the form"),
+        ("a.jsonl", '{"id": "1", "findings": 3}\n', [], "'findings' is no text"),
+        ("a.csv", "id,findings\n1,x\n", ["--labels", "nope"], "neither a YAML file nor one of"),
+        ("a.csv", "id,findings\n1,x\n", ["--workers", "0"], "must be at least 1"),
+        (
+            "a.csv",
+            "id,findings\n1,x\n",
+            ["--format", "published", "--labels", "ct_rate_18"],
+            "--labels is for --format json",
+        ),
+        ("a.csv", "id,findings\n1,x\n", ["--method", "llm"], "needs either --llm_url"),
+    ],
+)
+def test_what_cannot_be_read(tmp_path, capsys, name, content, arguments, match):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert run("--reports", path, "--organs", "body_24", "--out", tmp_path / "out", *arguments) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert re.search(match, message), message
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file != path], (
+        "something half-written is left"
+    )
+
+
+def test_text_of_any_kind_is_split_without_a_crash():
+    """Characters and pieces of reports put together at random."""
+    chosen = random.Random(1)
+    pieces = [
+        *"abc 123 .,;:?!()[]<>&*#-–\n\t\"'%/\\|_~^", "No ", "the liver ", "not seen", "\n\n", "FINDINGS:", "IMPRESSION:", "1. ",
+        "5 mm", "lymph nodes ", "and ", "without ", "adjacent to ", "it ", "is ", "L1-L3 ", "ribs 4-7 ", "\x00", "é", "ı", "😀",
+        "&lt;", "<b>", "which ", "The mass ", "effusion", " - ", "LIVER: ", "resolved", "none",
+    ]  # fmt: skip
+    organs = ["liver", "rib_left_4", "vertebrae_L2", "lung_upper_lobe_left", "kidney", "heart"]
+    for _ in range(200):
+        findings, impression = ("".join(chosen.choices(pieces, k=chosen.randrange(60))) for _ in range(2))
+        result = decompose_report(findings, impression, organs, LEXICON)
+        again = decompose_report(findings, impression, organs, LEXICON)
+        assert result == again
+        assert Decomposition.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"id": "a"},
+        {"id": "a", "organs": {"liver": {"findings": ["x"], "impression": []}}},
+        {"id": "a", "organs": {"liver": {"findings": "x", "impression": [], "abnormal": True}}},
+        {"id": "a", "organs": {"liver": {"findings": [], "impression": [], "abnormal": "yes"}}},
+        ["a"],
+    ],
+)
+def test_a_decomposition_that_is_none(entry):
+    with pytest.raises(ValueError, match="is not of the form"):
+        Decomposition.from_json(entry)
