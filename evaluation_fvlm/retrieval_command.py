@@ -106,7 +106,7 @@ def _examples(stored: StoredEmbeddings, count: int) -> list[dict]:
 def print_retrieval(result: dict) -> None:
     """A table for each direction: whole volumes in both pools, organs in the deduplicated one."""
     console = make_console()
-    parts = {} if result["global"] is None else {"whole volume": result["global"]}
+    parts = {} if result["global"] is None else {"volume": result["global"]}
     parts |= result["per_organ"]
     for direction in DIRECTIONS:
         table = Table(title=f"{WORDS[direction]}: per cent found among the first k (by chance)")
@@ -118,7 +118,7 @@ def print_retrieval(result: dict) -> None:
         table.add_column("median", justify="right", no_wrap=True)
         table.add_column("MRR", justify="right", no_wrap=True)
         for name, figures in parts.items():
-            for pool in POOLS if name == "whole volume" else POOLS[1:]:
+            for pool in POOLS if name == "volume" else POOLS[1:]:
                 if figures["pools"] is None:
                     continue
                 of_pool = figures["pools"][pool]
@@ -139,9 +139,9 @@ def print_retrieval(result: dict) -> None:
         for reason, count in figures["excluded"].items():
             say(f"{name}: {count} scans left out: {reason}")
     if result["global"] is None:
-        say("whole volume: not embedded")
+        say("volume: not embedded")
     else:
-        say(f"whole volume: {result['global']['volume_embeds']}")
+        say(f"volume: {result['global']['volume_embeds']}")
     for name, words in result["convention"].items():
         say(f"{name}: {words}")
     for example in result.get("examples", ()):

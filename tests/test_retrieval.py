@@ -169,6 +169,14 @@ def test_own_cosine_lies_within_the_tie_of_the_block_that_holds_it():
     assert not by_report.num_nearer.any() and not by_volume.num_nearer.any()
 
 
+def test_rounding_beyond_the_tie_never_loses_the_answer_itself(monkeypatch):
+    """Without any tolerance some cosines of the blocks lie just below the same cosine computed alone."""
+    monkeypatch.setattr(retrieval, "TIE", 0.0)
+    texts = unit(np.random.default_rng(0), 500, 256)
+    for ranks in pair_ranks(texts, texts, np.arange(500)):
+        assert (ranks.num_tied >= 1).all() and (retrieval.expected_ranks(ranks) >= 1).all()
+
+
 def test_intervals_resample_patients_with_all_their_queries():
     images, texts, index = pool_of("no ties", 5)
     ranks = pair_ranks(images, texts, index)[1]
@@ -238,6 +246,10 @@ def test_a_split_is_searched_per_organ_and_as_a_whole():
             expected, hits, _ = slow_figures(images, texts.caption_embeds, index, direction)
             assert figures["num_candidates"] == figures[direction]["num_queries"] == len(kept)
             assert figures[direction]["recall"]["5"]["value"] == pytest.approx(hits[:, 1].mean())
+            names, patient = np.unique(embeddings.scans["patient_id"].iloc[kept], return_inverse=True)
+            drawn = [np.repeat(np.arange(len(kept)), w[patient]) for w in retrieval.draw_patients(len(names), 20, 0)]
+            low = np.quantile([hits[queries, 1].mean() for queries in drawn], 0.025)
+            assert figures[direction]["recall"]["5"]["low"] == pytest.approx(low), "these queries' own patients"
             assert figures[direction]["median_rank"]["value"] == pytest.approx(np.median(expected))
     lung, heart = result["per_organ"]["lung"], result["per_organ"]["heart"]
     assert lung["num_texts"] < lung["num_pairs"] == used.sum() and lung["excluded"] == {
