@@ -24,6 +24,7 @@ from .report_sentences import clean, report_sentences
 PROMPTS = Path(__file__).resolve().parent.parent / "hub_configs" / "llm"
 FORMS = ("numbers", "quotes")
 FEWEST_WORDS_OF_A_QUOTE = 3  # a shorter one that is no whole sentence may stand anywhere
+CUT = "cut off at the limit of its length"
 WORD = re.compile(r"\w+")
 
 
@@ -154,7 +155,7 @@ def read_answer(answer: Answer, report: Numbered, organs: Sequence[str], form: s
         AnswerRefusedError: If any part of it fails.
     """
     if answer.is_cut:
-        raise AnswerRefusedError("cut off at the limit of its length")
+        raise AnswerRefusedError(CUT)
     entries = entries_of(answer.text, "sentences" if form == "numbers" else "organs")
     read = read_numbers if form == "numbers" else read_quotes
     chosen, abnormal = read(entries, report, organs)

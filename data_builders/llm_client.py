@@ -139,7 +139,6 @@ class _Form:
     response_format: str = FORMATS[0]
     limit_field: str = "max_tokens"
     has_temperature: bool = True
-    has_seed: bool = True
 
     def weaker(self, status: int, message: str, is_proven: bool) -> "_Form | None":
         """The form to try after a refusal, or None where the refusal is not about it.
@@ -155,8 +154,6 @@ class _Form:
             return replace(self, limit_field="max_completion_tokens")
         if self.has_temperature and "temperature" in text:
             return replace(self, has_temperature=False)
-        if self.has_seed and "seed" in text:
-            return replace(self, has_seed=False)
         lower = FORMATS[FORMATS.index(self.response_format) + 1 :]
         is_about_format = any(words in text for words in WORDS_OF_FORMAT)
         # Some servers say no more than "bad request": what may be about the form is tried in the next one.
@@ -264,8 +261,6 @@ class HTTPClient:
         content: dict[str, object] = {"model": self.model, "messages": messages, form.limit_field: max_tokens}
         if form.has_temperature:
             content["temperature"] = 0
-        if form.has_seed:
-            content["seed"] = 0
         if form.response_format == "json_schema":
             named = {"name": "report", "strict": True, "schema": schema}
             content["response_format"] = {"type": "json_schema", "json_schema": named}
@@ -444,13 +439,21 @@ def _message_of(body: bytes) -> str:
         content = json.loads(body[:MOST_BYTES])
     except (ValueError, RecursionError):
         return ""
-    for place in (content.get("error"), content) if isinstance(content, dict) else ():
+    if not isinstance(content, dict):
+        return ""
+    said: list[object] = []
+    for place in (content.get("error"), content.get("detail"), content):
         if isinstance(place, str):
-            return " ".join(place.split())[:300]
-        if isinstance(place, dict):
-            said = [place.get(name) for name in ("code", "message") if isinstance(place.get(name), str)]
-            if said:
-                return " ".join(" ".join(said).split())[:300]
+            said += [place]
+        elif isinstance(place, dict):
+            said += [place.get("code"), place.get("message")]
+        elif isinstance(place, list):  # FastAPI's: which field, and what is wrong with it
+            for entry in (entry for entry in place[:3] if isinstance(entry, dict)):
+                where = entry.get("loc")
+                said += [*(where if isinstance(where, list) else ()), entry.get("msg")]
+        words = [text for text in said if isinstance(text, str)]
+        if words:
+            return " ".join(" ".join(words).split())[:300]
     return ""
 
 

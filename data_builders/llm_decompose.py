@@ -7,8 +7,6 @@
 (4) the result of the rules stands wherever there is no checked answer, and its reason is counted
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -17,20 +15,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from .cases import OrganText, counted
+from .decomposition import Decomposition
 from .llm_answers import AnswerRefusedError, Numbered, Prompt, Report, answer_schema, numbered, read_answer
 from .llm_calls import Calls, Limits
 from .llm_client import CallFailedError, ChatClient, HTTPClient
 from .llm_ledger import BudgetSpentError, Ledger
 from .personal_text import kinds_in_text
 
-if TYPE_CHECKING:
-    from .decomposition import Decomposition
-
 BYTES_PER_TOKEN = 3.5  # of English reports and JSON, about; servers that count tokens correct it afterwards
-TOKENS_AROUND = 64  # what a server puts around the messages of a question, at most
+TOKENS_AROUND = 128  # what a server puts around the messages of a question, at most
 TOKENS_PER_SENTENCE = {"expected": 22, "most": 64}  # of an answer in numbers; with blanks and line ends, the latter
 MOST_SENTENCES = 400  # of a report that is asked for: more is no report of one scan
 MOST_SENTENCE_BYTES = 60_000  # all of them together
@@ -39,7 +34,7 @@ NOT_BY_MODEL = "not by the model: "  # in the notes of a decomposition, before t
 REFUSED_SHOWN = 2_000  # characters of a refused answer that are shown to the model again
 SAMPLED = 300  # reports of which the rules are run, before only every second one is, to estimate how many are uncertain
 
-Rules = Callable[[Report], "Decomposition"]
+Rules = Callable[[Report], Decomposition]
 
 
 @dataclass(frozen=True)
@@ -192,14 +187,15 @@ class Asker:
 
     def ask(self, report: Numbered, question: Question) -> tuple[dict[str, OrganText] | None, str, bool]:
         """(texts by organ, why there are none, whether all came from the cache)."""
-        messages = list(question.messages)
+        messages, room = list(question.messages), 1
         is_remembered, reason = True, ""
         for attempt in range(self.settings.answers):
             answer = self.ledger.answer(question.key, attempt)
             if answer is None:
                 is_remembered = False
                 try:
-                    tokens = self.tokens(messages, report)
+                    *tokens_in, tokens_out = self.tokens(messages, report)
+                    tokens = (*tokens_in, tokens_out * room)
                     answer = self.calls.ask(question.key, attempt, messages, question.schema, tokens)
                 except CallFailedError as failure:
                     return None, failure.reason, False
@@ -211,6 +207,8 @@ class Asker:
                 with self._lock:
                     self.tally.refused[refused.kind] += 1
                 reason = f"no usable answer ({refused.kind})"
+                if answer.is_cut and self.settings.max_tokens is None:
+                    room *= 2
                 # The same question would have the same answer: the model is told what was wrong.
                 again = f"{self.settings.prompt.again} {refused}"
                 messages = [

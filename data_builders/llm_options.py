@@ -7,8 +7,6 @@ with open_llm(args, organs, out) as model:
         model.tell()                                      # what came of it
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math
@@ -16,19 +14,16 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .cases import counted
-from .llm_answers import FORMS, Report, load_prompt
+from .decomposition import Decomposition
+from .llm_answers import CUT, FORMS, Report, load_prompt
 from .llm_calls import Limits
 from .llm_client import ChatClient, HTTPClient, choose_model, is_this_machine, key_from
 from .llm_decompose import Rules, Settings, Tally, decompose_with_llm, duration, estimate, money
 from .llm_ledger import Ledger
 from .llm_local import TransformersClient
 from .summary import console
-
-if TYPE_CHECKING:
-    from .decomposition import Decomposition
 
 FOR_GOOD = ("no usable answer", "more than")  # so begin the reasons that another run would meet again
 SECONDS_BETWEEN_LINES = 60.0  # that tell how far a run is
@@ -259,6 +254,8 @@ class LanguageModel:
         lines.insert(
             1, f"  {counted(ledger.calls, 'call')}: {ledger.tokens_in:,} tokens in, {ledger.tokens_out:,} out{cost}"
         )
+        if self.tally.refused[CUT] > 0.1 * ledger.calls:
+            lines.append("  Many answers were cut: a model that thinks first, or writes much, needs --llm_max_tokens.")
         if any(not reason.startswith(FOR_GOOD) for reason in self.tally.fallen_back):
             lines.append(
                 "  The same command asks again for what a server's failure or the budget has left to the rules, and "

@@ -51,7 +51,6 @@ def test_one_question_is_one_request_with_a_schema(server):
         ("response_format", "Unknown field", None),
         ("max_tokens", "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", "schema"),
         ("temperature", "Unsupported value: 'temperature' does not support 0 with this model.", "schema"),
-        ("seed", "unknown argument: seed", "schema"),
     ],
 )
 def test_a_field_that_the_server_refuses_is_left_out_from_then_on(server, caplog, refused, message, expected):
@@ -264,6 +263,25 @@ def test_closing_ends_calls_under_way(server):
     client.close()
     thread.join(5)
     assert failures == ["the connection broke off"]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"error": {"message": "no  such\nmodel", "code": "model_not_found"}}, "model_not_found no such model"),
+        ({"error": "out of memory"}, "out of memory"),
+        ({"object": "error", "message": "too long", "code": 400}, "too long"),
+        (
+            {"detail": [{"loc": ["body", "temperature"], "msg": "is not permitted", "input": "Cyst of the liver."}]},
+            "body temperature is not permitted",
+        ),
+        ({"request": "Cyst of the liver."}, ""),
+        (["Cyst of the liver."], ""),
+    ],
+)
+def test_of_an_error_only_what_it_calls_its_message_is_told(body, expected):
+    assert llm_client._message_of(json.dumps(body).encode()) == expected
+    assert llm_client._message_of(b"<html>Cyst of the liver.</html>") == ""
 
 
 def test_retry_after_in_seconds_and_as_a_date():

@@ -112,6 +112,8 @@ def test_a_refused_answer_is_asked_again_with_what_was_wrong(server, tmp_path, f
     second = server.bodies[1]["messages"]
     assert second[:2] == server.bodies[0]["messages"] and second[2]["role"] == "assistant"
     assert second[3]["content"].startswith(load_prompt().again)
+    first, again = (body["max_tokens"] for body in server.bodies[:2])
+    assert again == (2 * first if "cut off" in kind else first), "a longer answer gets more room"
     server.faults = lambda report, number: fault
     results, tally, _ = run(server, tmp_path / "always", reports, form=form)
     assert results[0].organs == rules(report).organs and tally.refused == {kind: 2}
