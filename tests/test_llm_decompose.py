@@ -436,6 +436,41 @@ def test_answers_that_are_refused(text, kind):
     assert refused.value.kind == kind
 
 
+@pytest.mark.parametrize("form", ["numbers", "quotes"])
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_a_model_writes_nothing_comes_out_that_the_report_does_not_hold(form, seed):
+    """Right answers with pieces cut, doubled, swapped and retyped: refused, or sentences of the report."""
+    dice, taken, refused = random.Random(seed), 0, 0
+    for number, report in enumerate(small_reports(120, seed=seed + 50)):
+        sentences = numbered(report)
+        text = right_answer(sentences.text(), form)
+        if number % 2:  # letters
+            start, length = dice.randrange(len(text)), dice.choice((1, 1, 2, 5, 20))
+            piece = text[start : start + length]
+            new = dice.choice(("", piece * 2, piece[::-1], dice.choice(list('0123456789,"[]{}ae ')), "liver", "null"))
+            text = text[:start] + new + text[start + length :]
+        else:  # values
+            content = json.loads(text)
+            (entries,) = content.values()
+            entry = dice.choice(entries)
+            name = dice.choice(list(entry))
+            others = [1, 99, "2", None, True, "liver", ["heart"], ["The heart is enlarged."], [], ["the", 1]]
+            entry[name] = dice.choice([*others, *(other[name] for other in entries)])
+            text = json.dumps(content)
+        try:
+            texts = read_answer(Answer(text), sentences, ORGANS, form)
+        except AnswerRefusedError:
+            refused += 1
+            continue
+        taken += 1
+        assert set(texts) <= set(ORGANS)
+        for said in texts.values():
+            for section, own in ((said.findings, sentences.findings), (said.impression, sentences.impression)):
+                places = [own.index(sentence) for sentence in section]
+                assert places == sorted(places), "in the order of the report"
+    assert taken > 10 and refused > 30
+
+
 def test_spellings_of_organs_and_numbers_are_forgiven():
     entries = [{**entry, "n": str(entry["n"])} for entry in ALL]
     entries[0]["abnormal"], entries[1]["normal"] = [" Liver", "lungs"], ["liver"]
