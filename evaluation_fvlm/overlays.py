@@ -131,7 +131,7 @@ def overlay_png(
         axes.set_axis_off()
     if title:
         figure.suptitle(title.replace("$", r"\$"), fontsize=9)  # a `$` would start a formula
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.45 / figure.get_figheight(), wspace=0.03)
+    figure.subplots_adjust(left=0.02, right=0.97, bottom=0.01, top=1 - 0.45 / figure.get_figheight(), wspace=0.03)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     buffer = io.BytesIO()
