@@ -164,7 +164,7 @@ def test_a_budget_too_small_for_one_call_sends_none(server, tmp_path):
 
 @pytest.mark.parametrize(("concurrency", "kill_after"), [(1, 5), (1, 12), (6, 14)])
 def test_a_killed_run_resumes_without_paying_twice(server, tmp_path, concurrency, kill_after):
-    count, path = 20, tmp_path / "cache.jsonl"
+    count, path = 40, tmp_path / "cache.jsonl"
     server.faults, server.slow_s = (lambda report, number: "slow"), 0.05
     command = [sys.executable, str(TESTS / "llm_killed.py"), server.url, str(path), str(count), str(concurrency)]
     process = subprocess.Popen(command, cwd=TESTS, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from llm_reports import ORGANS, SmallReport, right_answer, small_reports, truth
@@ -10,6 +11,7 @@ from llm_stand_in import llm_stand_in
 
 from data_builders import decompose_command, llm_options
 from data_builders.__main__ import main
+from data_builders.folder_reports import read_reports
 from data_builders.llm_answers import numbered
 from data_builders.llm_local import TransformersClient
 
@@ -148,6 +150,15 @@ def test_a_report_that_fell_back_says_why(command, server, tmp_path, capsys):
     server.faults = lambda report, number: "status 500" if report == third else None
     assert command("--method", "llm", "--llm_tries", "1", "--llm_model", "other") == 0
     assert "The same command asks again" in capsys.readouterr().out
+
+
+def test_the_builder_takes_the_split_as_its_reports(command, tmp_path):
+    assert command("--method", "llm") == 0
+    settings = SimpleNamespace(organ_set=SimpleNamespace(organs=ORGANS))
+    reports = read_reports(tmp_path / "split.json", settings)
+    for report in small_reports(10):
+        assert reports[report.name].organ_texts == truth(report)
+        assert (reports[report.name].findings, reports[report.name].impression) == (report.findings, report.impression)
 
 
 def test_an_estimate_writes_and_asks_nothing(command, server, tmp_path, capsys):
