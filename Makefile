@@ -141,7 +141,7 @@ test-floor:
 # --- benchmarks -------------------------------------------------------------------------------------------------------
 # One after the other, whatever -j says: each wants the whole machine. BENCH_FLAGS are options that all of them have
 # (make bench BENCH_FLAGS="--repeats 1"); some only: make bench BENCHMARKS="pooling text".
-BENCHMARKS ?= pooling text step memory evaluate scaling prepare input gradient_cache decompose
+BENCHMARKS ?= pooling text step memory evaluate scaling prepare input gradient_cache decompose retrieval score_bootstrap
 BENCH ?= runs/bench
 BENCH_FLAGS ?=
 bench_scaling = --plot $(BENCH)/scaling.png
