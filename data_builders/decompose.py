@@ -51,7 +51,7 @@ NEAR_RIB = re.compile(
 )
 POINTERS = (("this", "is"), ("these", "are"), ("this", "ha"), ("this", "may"))
 PRONOUNS = frozenset(["it", "its", "they", "their", "them", "these", "this", "both", "those"])
-MIN_ENGLISH_WORDS, MIN_ENGLISH = 12, 0.12  # a report of so many words holds at least this share of English ones
+MIN_ENGLISH_WORDS, MIN_ENGLISH = 12, 0.47  # of so many words at least this share; English reports have 0.6 and more
 FUNCTION_WORDS = frozenset(
     "the of and in is are no with was were for not to on or by at as be has have been there this that it an without"
     " within both left right normal seen".split()
@@ -743,13 +743,12 @@ def is_abnormal_sentence(sentence: str, lexicon: Lexicon) -> bool:
 
 
 def is_english(text: str, lexicon: Lexicon) -> bool:
-    """Whether a text of some length holds enough English words."""
-    words = WORD.findall(fold(text[:5000]))
+    """Whether a text of some length holds enough words that English reports are made of."""
+    words = [word for word in WORD.findall(fold(text[:5000])) if len(word) > 1 and word.isalpha()]
     if len(words) < MIN_ENGLISH_WORDS:
         return True
-    return sum(word in FUNCTION_WORDS for word in words) + 0.5 * sum(
-        word in lexicon.common_words for word in words
-    ) >= MIN_ENGLISH * len(words)
+    known = sum(word in FUNCTION_WORDS or american(singular(word)) in lexicon.vocabulary for word in words)
+    return known >= MIN_ENGLISH * len(words)
 
 
 def decompose_report(

@@ -1,5 +1,7 @@
 """What a sentence states, denies, could not see or only suspects, organ by organ and clause by clause."""
 
+from pathlib import Path
+
 import pytest
 
 from data_builders.decompose import Analysis, decompose, is_abnormal_sentence
@@ -71,6 +73,19 @@ def parsed(line):
 @pytest.mark.parametrize(("sentence", "expected"), list(map(parsed, CASES.strip().splitlines())))
 def test_organs_and_whether_they_are_abnormal(sentence, expected):
     assert {organ: text.is_abnormal for organ, text in decompose(sentence, "", ORGANS, LEXICON).items()} == expected
+
+
+def test_sentences_of_many_kinds():
+    """Diseases, devices, injuries and tumours of every organ, in the words of several schools."""
+    lines = (Path(__file__).parent / "data" / "sentences.txt").read_text(encoding="utf-8").splitlines()
+    cases = [parsed(f"{line} ") for line in lines if " |" in line]
+    assert len(cases) > 300 and {organ for _, expected in cases for organ in expected} == set(ORGANS)
+    wrong = []
+    for sentence, expected in cases:
+        found = {organ: text.is_abnormal for organ, text in decompose(sentence, "", ORGANS, LEXICON).items()}
+        if found != expected:
+            wrong.append((sentence, found))
+    assert not wrong
 
 
 def test_a_sentence_as_a_whole():

@@ -112,12 +112,14 @@ def test_bad_reports_are_counted(tmp_path, capsys):
     turkish = (
         "Trakea ve her iki ana bronş açıktır. Kalp boyutu normaldir. Perikardiyal efüzyon izlenmedi. Karaciğer doğal."
     )
+    spanish = "Pulmones sin consolidación. No hay derrame pleural. Corazón normal. Aorta de calibre normal. Hígado sin lesiones."
     rows = [
         ("empty", "", ""),
         ("blank", " \n ", ""),
         ("html", "<p>The liver is &lt; 15 cm.</p><br>The spleen is <b>enlarged</b>.", ""),
         ("control", "The liver\x01 is normal.", ""),
         ("turkish", turkish, ""),
+        ("spanish", spanish, ""),
         ("long", "The liver is normal. The aorta is dilated " * 25_000, ""),
         ("marks", "?!.,;:()[]{}<>*-_=+" * 50, "1. 2. 3."),
         ("one_word", "Cholelithiasis", ""),
@@ -130,14 +132,14 @@ def test_bad_reports_are_counted(tmp_path, capsys):
     assert notes["empty"] == notes["blank"] == {"empty"} and not entries["empty"]["organs"]
     assert notes["html"] == {"html"} and entries["html"]["organs"]["spleen"]["findings"] == ["The spleen is enlarged."]
     assert notes["control"] == {"control_characters"} and "liver" in entries["control"]["organs"]
-    assert notes["turkish"] == {"not_english"} and not entries["turkish"]["organs"]
+    assert notes["turkish"] == notes["spanish"] == {"not_english"} and not entries["turkish"]["organs"]
     assert set(entries["long"]["organs"]) == {"liver", "aorta"}
     assert not entries["marks"]["organs"]
     assert entries["one_word"]["organs"]["gallbladder"]["abnormal"]
     told = " ".join(capsys.readouterr().out.split())
     for line in (
         "2 reports without text",
-        "1 report not English",
+        "2 reports not English",
         "1 report with HTML",
         "1 report with control characters",
     ):
