@@ -47,7 +47,7 @@ class FVLMZeroShotPipeline(Pipeline):
     - `volume`: path of a NIfTI, NRRD or MetaImage file or of a DICOM series (folder, zip archive or multi-frame file),
       or a 3-D array of HU, or a `Volume`;
     - `mask`, if there is one: path of a label file, of a folder with one file per structure, an array, or a `Volume`.
-      Without it every organ is pooled from the whole volume;
+      Without it every organ is pooled from the whole volume: a makeshift, near chance where it was measured;
     - `affine`, for arrays: 4 x 4, voxel indices to mm in RAS+ (nibabel's); or `spacing`, where the array lies as
       arrays do here, (depth, height, width) with depth upward, height to the back and width to the patient's left: mm
       along these axes;
@@ -198,9 +198,9 @@ class FVLMZeroShotPipeline(Pipeline):
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "no mask: every organ is pooled from the whole volume (`region` of the answers says so), though its "
-                "query has seen its organ alone in training. Give a mask, for example of `TotalSegmentator -i "
-                "ct.nii.gz -o mask.nii.gz --ml`, for the scores that the model was evaluated with."
+                "no mask: every organ is pooled from the whole volume (`region` of the answers says so). Its query has "
+                "seen its organ alone in training, so the scores are those of another task, and may be little better "
+                "than chance. Give a mask, for example of `TotalSegmentator -i ct.nii.gz -o mask.nii.gz --ml`."
             )
         image_processor = self.processor.image_processor
         scan, size = image_processor.prepare_volume(volume, affine), image_processor.volume_size
