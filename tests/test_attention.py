@@ -12,6 +12,7 @@ import torch
 from evaluation_samples import ORGANS, tiny_dataset, tiny_model, tiny_rows
 from oriented_files import turned, write_itk, write_nifti
 from PIL import Image
+from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
 
@@ -207,6 +208,28 @@ def test_the_peak_is_told_in_millimetres_of_the_source(model, processor, tmp_pat
         peak = organ_map.peak_voxel(scan.mask == model.config.organs.index(organ) + 1)
         index = np.linalg.solve(affine, [*grid.position_mm(scan, peak), 1])[:3]
         assert labels[tuple(np.rint(index).astype(int))] == label
+
+
+def test_on_a_real_ct_the_map_covers_the_organ_of_the_file(shared_dir, tmp_path):
+    """In the file's own voxels: all of the organ lies in patches that hold it, and these reach no further."""
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision |= {"volume_size": (48, 64, 64), "patch_size": (4, 8, 8), "feature_levels": ()}
+    config = tiny_scan.tiny_config(vision_config=vision, spacing=(3.0, 2.0, 2.0), margin_voxels=(2, 4, 4))
+    model = FVLMModel(config).eval()
+    processor = FVLMProcessor.from_config(config, tiny_scan.tiny_tokenizer()).image_processor
+    paths = [shared_dir / "ct_samples" / f"chest_cta_{name}.nii.gz" for name in ("ct", "seg_v2")]
+    volume, grid = read_source(paths[0], is_published=False)
+    scan = processor.prepare(volume, paths[1])
+    organ_map = attention_maps(model, scan.volume, scan.mask, ["heart"])["heart"]
+    attention.write_nifti(spread(organ_map.weights, grid.patch_of_voxel(scan, organ_map)), grid, tmp_path / "m.nii.gz")
+    source, written = nibabel.load(paths[0]), nibabel.load(tmp_path / "m.nii.gz")
+    assert written.shape == source.shape
+    np.testing.assert_allclose(written.affine, source.affine, atol=1e-4)
+    is_heart = np.isin(np.asarray(nibabel.load(paths[1]).dataobj), (51, 61))  # heart, atrial_appendage_left
+    is_shown = written.get_fdata() > 0
+    assert is_heart.sum() > 10_000 and is_shown[is_heart].mean() > 0.995, "one voxel beside the border at most"
+    reach = ndimage.distance_transform_edt(~is_heart, sampling=np.abs(np.diag(source.affine)[:3]))
+    assert reach[is_shown].max() <= np.linalg.norm((4 * 3, 8 * 2, 8 * 2)) + 3
 
 
 def test_a_scan_prepared_as_published_keeps_its_grid_too(tmp_path):
