@@ -78,6 +78,7 @@ RELATION = re.compile(
     r"(?:also |again |now |further )?(?:extend|invad|abut|compress|displac|reach|encas|involv|contact|infiltrat|cross|protrud"
     r"|obstruct|surround|exert|caus)"
 )
+NOT_INVADED = re.compile(r"\b(?:without|no) (?:\w+ ){0,3}(?:inva|infiltrat|involv)")
 RESETTING = re.compile(
     r"\b(?:other|others|misc|miscellaneous|additional|incidental|note|comment|addendum|findings?|impression|extra\w+)\b"
 )
@@ -125,6 +126,8 @@ class Analysis:
         self.located = lexicon.located_words(self.text)
         self.words = [word for word, _, _ in self.located]
         self.mentions = find_mentions(self.located, self.text, lexicon)
+        if NOT_INVADED.search(self.text):  # that is said of the neighbour
+            self.mentions = [m._replace(kind="named") if m.kind == "landmark" and m.organs else m for m in self.mentions]
         self.organs = self.of_kind("named")
         self.weak = self.of_kind("weak")
         self.landmarks = self.of_kind("landmark")
@@ -357,7 +360,7 @@ def find_mentions(located: Sequence[tuple[str, int, int]], text: str, lexicon: L
     words = [word for word, _, _ in located]
     mentions: list[Mention] = []
     place = 0
-    landmark_end = -1  # where a list of landmarks would go on
+    landmark_end, landmark_kind = -1, "landmark"  # where a list of landmarks would go on
     while place < len(words):
         entry = longest_entry(words, place, lexicon)
         if entry is None:
@@ -374,13 +377,15 @@ def find_mentions(located: Sequence[tuple[str, int, int]], text: str, lexicon: L
         if kind in ("named", "elsewhere"):
             between = [word for word in words[landmark_end:place] if word not in DETERMINERS]
             goes_on = landmark_end >= 0 and (
-                between == ["of"]
+                between in ([], ["of"])
                 or (between[-1:] in (["and"], ["or"]) and len(between) <= 2 and not between[0].endswith(("ing", "ed")))
             )
             if goes_on or ends_a_span(words[:place]) or is_landmark(words[:place], lexicon, "landmarks"):
-                kind, landmark_end = "landmark", last
+                kind = landmark_kind if goes_on else "landmark"
+                landmark_kind, landmark_end = kind, last
             elif is_landmark(words[:place], lexicon, "soft_landmarks"):
-                kind, landmark_end = "soft", -1
+                kind = landmark_kind = "soft"
+                landmark_end = last
             else:
                 landmark_end = -1
         mentions.append(Mention(place, last, located[place][1], located[last - 1][2], entry.organs, kind))
@@ -441,10 +446,10 @@ def names_vessel(words: Sequence[str], last: int, entry: Entry) -> bool:
         return False
     if words[last - 1] in VESSELS or any(word in VESSELS for word in entry.words):
         return False
-    for word in words[last : last + 4]:
+    for word in words[last : last + MAX_REACH]:
         if word in VESSELS:
             return True
-        if not word.endswith(("ic", "al", "ar", "ary", "main")):
+        if not word.endswith(("ic", "al", "ar", "ary", "main", "and", "or")):
             return False
     return False
 

@@ -84,6 +84,7 @@ SECTION_HEADER = re.compile(
     rf"(?:[ \t]*:(?!\d)[ \t]*-?|[ \t]*(?=\n|\Z)|[ \t]+[-–—][ \t]+)",
     re.IGNORECASE,
 )
+OTHERS_END = re.compile(r"(?<=\S)[ \t]*\n\s*(?=[^\sa-z])")
 DASHED_HEADER = re.compile(r"[-–—]\s*$")
 
 
@@ -159,7 +160,7 @@ def split_sections(text: str, default: str) -> Iterator[tuple[str, str]]:
         kind, start = section_of(header["name"]), header.end()
         if kind == "other" and not names_findings:
             # Nothing says where the findings begin: with the next line that is no continuation of the header's own text.
-            end = re.compile(r"(?<=\S)[ \t]*\n\s*(?=[^\sa-z])").search(text, start)
+            end = OTHERS_END.search(text, start) or re.compile(r"(?<=[a-z\d]{2}\.)\s+(?=[A-Z])").search(text, start)
             if end and end.start() > start and end.end() < len(text):
                 yield kind, text[start : end.start()]
                 kind, start = default, end.end()
