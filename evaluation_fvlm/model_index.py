@@ -211,7 +211,8 @@ def write_model_index(
     card = _read_card(path)
     blocks = section_blocks(results, data, retrieval)
     kept = [old for old in card.data.eval_results or () if not _is_replaced(old, measured[0], blocks)]
-    card.data.model_name = card.data.model_name or path.resolve().parent.name
+    title = re.search(r"^# (.+?)\s*$", card.text, flags=re.MULTILINE)
+    card.data.model_name = card.data.model_name or (title[1] if title else path.resolve().parent.name)
     card.data.eval_results = kept + measured
     for name, lines in blocks.items():
         card.text = _with_block(card.text, f"{name} on {data.described}", lines)

@@ -213,6 +213,8 @@ def test_a_card_without_header_or_none_at_all(tmp_path, evaluation, card):
     assert card is None or "Text." in content
     assert ("\r\n" in content) == (card is not None and "\r\n" in card)
     assert card is None or "license" not in card or "license: mit" in content
+    name = ModelCard(content).data.model_name
+    assert name == (tmp_path.name if card is None else "Mine"), "the title, or the folder's name where there is none"
     assert not list(tmp_path.glob("*.part"))
 
 
