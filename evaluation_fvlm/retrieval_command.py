@@ -25,6 +25,7 @@ chance: the same for candidates in random order, exactly. Research only, not for
 
 import argparse
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from rich.markup import escape
@@ -34,8 +35,9 @@ from evaluation_fvlm.embedding_files import StoredEmbeddings, load_embeddings
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.published_metrics import check_can_write
 from evaluation_fvlm.retrieval import DIRECTIONS, POOLS, RECALL_AT, nearest_texts, retrieve
-from evaluation_fvlm.score_command import make_console, number, write_json
+from evaluation_fvlm.score_command import make_console, write_json
 
+EXCERPT = 200  # characters of a report in the terminal
 WORDS = {"report_to_volume": "text -> volume", "volume_to_report": "volume -> text"}
 
 
@@ -104,14 +106,13 @@ def _examples(stored: StoredEmbeddings, count: int) -> list[dict]:
 
 
 def print_retrieval(result: dict) -> None:
-    """A table for each direction: whole volumes in both pools, organs in the deduplicated one."""
+    """A table for each direction: whole volumes among all pairs too, everything among different texts."""
     console = make_console()
     parts = {} if result["global"] is None else {"volume": result["global"]}
     parts |= result["per_organ"]
     for direction in DIRECTIONS:
-        table = Table(title=f"{WORDS[direction]}: per cent found among the first k (by chance)")
+        table = Table(title=f"{WORDS[direction]}: per cent found among the first k (by chance), different texts")
         table.add_column("part", overflow="fold")
-        table.add_column("pool", no_wrap=True)
         table.add_column("of", justify="right", no_wrap=True)
         for k in RECALL_AT:
             table.add_column(f"R@{k}", justify="right", no_wrap=True)
@@ -123,10 +124,10 @@ def print_retrieval(result: dict) -> None:
                     continue
                 of_pool = figures["pools"][pool]
                 entry = of_pool[direction]
-                cells = [_with_chance(entry["recall"][str(k)], 1, 100) for k in RECALL_AT]
-                cells += [_with_chance(entry["median_rank"], 0), _with_chance(entry["mrr"], 3)]
-                short = pool if pool == "whole" else "dedup."
-                table.add_row(escape(name), short, str(of_pool["num_candidates"]), *cells)
+                cells = [_with_chance(entry["recall"][str(k)], 100) for k in RECALL_AT]
+                cells += [_with_chance(entry["median_rank"]), _with_chance(entry["mrr"])]
+                part = f"{name}, all pairs" if pool == "whole" else name
+                table.add_row(escape(part), str(of_pool["num_candidates"]), *cells)
         if table.row_count:
             console.print(table)
 
@@ -145,10 +146,11 @@ def print_retrieval(result: dict) -> None:
     for name, words in result["convention"].items():
         say(f"{name}: {words}")
     for example in result.get("examples", ()):
-        say(f"\n{example['recon_id']}, rank {example['rank']} of its own report: {example['text']}")
+        say(f"\n{example['recon_id']}, rank {example['rank']} of its own report: {shorten(example['text'], EXCERPT)}")
         for entry in example["nearest"]:
-            say(f"    {entry['cosine']:.3f} {'own ' if entry['is_own'] else ''}{entry['text']}")
+            say(f"    {entry['cosine']:.3f} {'own: ' if entry['is_own'] else ''}{shorten(entry['text'], EXCERPT)}")
 
 
-def _with_chance(figure: dict, digits: int, factor: int = 1) -> str:
-    return f"{number(factor * figure['value'], digits)} ({number(factor * figure['chance'], digits)})"
+def _with_chance(figure: dict, factor: int = 1) -> str:
+    """Three digits of either."""
+    return f"{factor * figure['value']:.3g} ({factor * figure['chance']:.3g})"

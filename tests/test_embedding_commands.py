@@ -51,9 +51,10 @@ def test_retrieval_writes_what_retrieve_says(folder, capsys):
     assert {name: result[name] for name in expected} == expected
     assert result["embeddings"]["model"] == {"path": "some/model"} and len(result["examples"]) == 2
     printed = capsys.readouterr().out
-    assert "text -> volume" in printed and "dedup." in printed and "chance: candidates in random order" in printed
+    assert "text -> volume" in printed and "volume, all pairs" in printed
+    assert "chance: candidates in random order" in printed
     recall = expected["global"]["pools"]["whole"]["report_to_volume"]["recall"]["10"]
-    assert f"{100 * recall['value']:.1f} ({100 * recall['chance']:.1f})" in printed
+    assert f"{100 * recall['value']:.3g} ({100 * recall['chance']:.3g})" in printed
     assert "lung: 5 scans left out: no caption" in printed and "own report" in printed
 
 
