@@ -297,6 +297,8 @@ def test_stopping_in_the_midst_ends_at_once_and_keeps_what_came(server, tmp_path
         client = HTTPClient(server.url, "m", timeout_s=60)
         results = decompose_with_llm(reports, ORGANS, client, rules, ledger, settings(concurrency=2))
         assert next(results).method == "llm"
+        while len(server.asked) < 5:  # the fourth and the fifth are under way, and take their time
+            time.sleep(0.01)
         results.close()
     assert time.monotonic() - begin < 5
     kept = (tmp_path / "cache.jsonl").read_text().count('"text"')
