@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_scan
 import torch
+from dicom_series import slices_of_nifti, write_series
 from evaluation_samples import ORGANS, tiny_dataset, tiny_model, tiny_rows
 from oriented_files import turned, write_itk, write_nifti
 from PIL import Image
@@ -252,6 +253,26 @@ def test_a_scan_prepared_as_published_keeps_its_grid_too(tmp_path):
     assert values.shape == hu.shape and values.sum() == pytest.approx(1, abs=1e-4)
     assert (values[is_heart] > 0).mean() > 0.9, "its mask lies up to half a voxel off, no more"
     assert (values > 0).mean() < 0.3
+
+
+def test_a_dicom_series_gets_a_grid_of_its_own(model, processor, tmp_path):
+    """Its slices have no stored order: the map lies on straight axes, at the places it has over the NIfTI file."""
+    hu, labels, affine = fine_scan()
+    write_series(tmp_path / "series", *slices_of_nifti(nibabel.Nifti1Image(hu, affine)))
+    mask = write_nifti(tmp_path / "mask.nii.gz", labels, affine)
+    places = []
+    for source in (tmp_path / "series", write_nifti(tmp_path / "a.nii.gz", hu, affine)):
+        volume, grid = read_source(source, is_published=False)
+        scan = processor.prepare(volume, mask)
+        organ_map = attention_maps(model, scan.volume, scan.mask, ["aorta"])["aorta"]
+        array = spread(organ_map.weights, grid.patch_of_voxel(scan, organ_map))
+        attention.write_nifti(array, grid, tmp_path / "map.nii.gz")
+        image = nibabel.load(tmp_path / "map.nii.gz")
+        values = image.get_fdata()
+        center = [(values * at).sum() / values.sum() for at in np.indices(values.shape)]
+        places.append((image.affine @ [*center, 1])[:3])
+        assert values.sum() == pytest.approx(1, abs=1e-4)
+    np.testing.assert_allclose(*places, atol=0.05)
 
 
 # Pictures
