@@ -113,6 +113,38 @@ def test_a_test_folds_labels_and_embeddings_have_no_say_in_its_scores(monkeypatc
     assert set(before.strengths["Nodule"]) <= {0.001, 0.1, 10.0}
 
 
+def test_the_strength_is_that_with_the_best_auc_on_the_validation_fold():
+    rng = np.random.default_rng(0)
+    labels = (rng.random(160) < 0.5).astype(float)
+    features = rng.normal(size=(160, 50)) + 0.15 * labels[:, None]
+    train, validation = np.arange(160) < 80, np.arange(160) >= 80
+    strengths = (100.0, 1e-4, 0.01, 1.0)
+    scaled = (features - features[train].mean(axis=0)) / features[train].std(axis=0)
+    aucs = {rows: {} for rows in ("train", "validation")}
+    for strength in strengths:
+        model = LogisticRegression(C=strength, max_iter=2000).fit(scaled[train], labels[train])
+        for name, rows in (("train", train), ("validation", validation)):
+            aucs[name][strength] = roc_auc_score(labels[rows], model.predict_proba(scaled[rows])[:, 1])
+    best = max(strengths, key=aucs["validation"].get)
+    assert best != max(strengths, key=aucs["train"].get), "a choice on the training rows would be another"
+    assert probes._choose_strength(features, labels, train, validation, strengths) == best
+    one_class = np.where(validation, 0.0, labels)
+    assert probes._choose_strength(features, one_class, train, validation, strengths) == 1.0, "the upper middle one"
+
+
+def test_the_strength_is_chosen_between_training_folds(monkeypatch):
+    monkeypatch.setattr(probes, "patient_folds", lambda has_finding, num_folds, seed: np.arange(len(has_finding)) % 3)
+    asked = []
+    monkeypatch.setattr(probes, "_choose_strength", lambda *arguments: asked.append(arguments[2:4]) or 0.1)
+    embeddings = split_of()
+    probe_frames(embeddings, TASK, kinds=("linear",), num_folds=3)
+    fold = np.unique(embeddings.scans["patient_id"], return_inverse=True)[1] % 3
+    assert len(asked) == 6
+    for number, (train, validation) in enumerate(asked):
+        test = number % 3
+        assert set(fold[validation]) == {(test + 1) % 3} and set(fold[train]) == {(test + 2) % 3}
+
+
 def test_patients_are_never_on_both_sides():
     """Three equal scans of each patient, labels by patient and by chance: neighbours that leak would know them all."""
     embeddings = split_of(num_patients=60, scans_each=3, signal=0.0)
