@@ -597,7 +597,8 @@ def lesion_section(lesions: Mapping | None, pictures: Pictures) -> Section:
         "Attention and lesions",
         "lesions",
         (
-            f"{lesions['counted']} cases of {lesions['patients']} patients, where the place of the lesion is known. "
+            f"{lesions['counted']} cases of {lesions['patients']} patients, where the place of the lesion is known"
+            f"{', looked at by ' + str(lesions['model']) if lesions.get('model') else ''}. "
             "A map without preference has as much attention in the lesion's patches as they are of the organ's patches."
             + (f" {left_out[0].upper()}{left_out[1:]}." if left_out else "")
             + " Pictures show the planes through the middle of the lesion.",
