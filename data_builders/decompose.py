@@ -6,20 +6,20 @@
     ("adjacent to the aorta"), or as the place of a lymph node, does not count
 (3) terms that say little by themselves ("nodule") count where the sentence names no other place
 (4) a sentence that names nothing speaks of the heading it stands under ("LIVER:"), of what it refers back to ("it",
-    "the effusion", "on the left"), or of what the sentence before spoke of, if only that can be meant ("no focal lesion")
+    "the effusion", "on the left"), or of what the one before spoke of, if only that can be meant ("no focal lesion")
 (5) an organ is abnormal if a clause about it states a finding (assertion)
 Sentences that name no organ of the set are left out of the captions (the whole report stays in the row).
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from modeling_fvlm.captions import compose_caption, is_abnormal_caption
 
-from .assertion import MEASURE, ONLY_SHOWN, Assertions, Status, judge_sentence
+from .assertion import ONLY_SHOWN, Assertions, Status, judge_sentence
 from .cases import OrganText
 from .decomposition import Decomposition, Labels
 from .lexicon import WORD, Entry, Lexicon, Part, american, fold, load_lexicon, singular, starts_with
@@ -36,25 +36,32 @@ __all__ = [
 ]
 
 DETERMINERS = frozenset(
-    "the a an left right both its his her their this proximal distal mid middle upper lower medial lateral anterior"
-    " posterior superior inferior visceral parietal outer inner unopacified adjacent".split()
+    WORD.findall(
+        "the a an left right both its his her their this proximal distal mid middle upper lower medial lateral anterior"
+        " posterior superior inferior visceral parietal outer inner unopacified adjacent"
+    )
 )
-SIDES = {"left": "left", "right": "right", "lt": "left", "rt": "right", "rul": "right", "rml": "right", "rll": "right",
-         "lul": "left", "lll": "left", "lingula": "left", "lingular": "left", "bilateral": "both", "bilaterally": "both",
-         "both": "both", "bibasilar": "both", "biapical": "both", "bibasal": "both"}  # fmt: skip
+SIDES = {
+    **dict.fromkeys(("left", "lt", "lul", "lll", "lingula", "lingular"), "left"),
+    **dict.fromkeys(("right", "rt", "rul", "rml", "rll"), "right"),
+    **dict.fromkeys(("both", "bilateral", "bilaterally", "bibasilar", "biapical", "bibasal"), "both"),
+}
 MAX_HEADING = 60  # characters
 MAX_REACH = 6  # words between an adjective and the noun it shares
 LEVELS = re.compile(r"\b(c|t|th|d|l|s)\s?(\d{1,2})(?:\s?(?:-|/|to|through|and)\s?(?:(?:c|t|th|d|l|s)\s?)?(\d{1,2}))?\b")
 NUMBERS = re.compile(r"(\d{1,2})(?:st|nd|rd|th|\.)?(?:\s?(?:-|to|through)\s?(\d{1,2})(?:st|nd|rd|th|\.)?)?")
 NEAR_RIB = re.compile(
-    r"((?:\d{1,2}(?:st|nd|rd|th|\.)?[\s,\-]*(?:and|to|through|&)?\s*)+)(?:\w+\s){0,2}ribs?\b|\bribs?\s(?:#\s?)?((?:\d{1,2}(?!\s?[mc]m)[\s,\-]*(?:and|to|through)?\s*)+)"
+    r"((?:\d{1,2}(?:st|nd|rd|th|\.)?[\s,\-]*(?:and|to|through|&)?\s*)+)(?:\w+\s){0,2}ribs?\b"
+    r"|\bribs?\s(?:#\s?)?((?:\d{1,2}(?!\s?[mc]m)[\s,\-]*(?:and|to|through)?\s*)+)"
 )
 POINTERS = (("this", "is"), ("these", "are"), ("this", "ha"), ("this", "may"))
 PRONOUNS = frozenset(["it", "its", "they", "their", "them", "these", "this", "both", "those"])
 MIN_ENGLISH_WORDS, MIN_ENGLISH = 12, 0.47  # of so many words at least this share; English reports have 0.6 and more
 FUNCTION_WORDS = frozenset(
-    "the of and in is are no with was were for not to on or by at as be has have been there this that it an without"
-    " within both left right normal seen".split()
+    WORD.findall(
+        "the of and in is are no with was were for not to on or by at as be has have been there this that it an without"
+        " within both left right normal seen"
+    )
 )
 CACHED_SENTENCES = 20_000
 NODE_WORDS = frozenset(
@@ -64,19 +71,20 @@ PLACE_WORD = re.compile(r"\b(?:in|at|of|around|along|near|within|between|on|to|f
 HEADING = re.compile(rf"(?P<head>[^:.;!?\n]{{2,{MAX_HEADING}}}?)(?P<mark>:(?!\d)|\s[-–—]\s)")
 # In a text of several lines, a heading that names a region and no organ is no part of the sentence behind it.
 REGION_HEADING = re.compile(
-    r"^(?:ct (?:of )?)?(?:the )?(?:head|neck|head and neck|chest|thorax|abdomen|pelvis|abdomen (?:and|&) pelvis|abdomen/pelvis"
-    r"|chest/abdomen/pelvis|whole body|skeleton|extracardiac)\s*:\s*(?=\S)",
+    r"^(?:ct (?:of )?)?(?:the )?(?:head|neck|head and neck|chest|thorax|abdomen|pelvis|abdomen (?:and|&) pelvis"
+    r"|abdomen/pelvis|chest/abdomen/pelvis|whole body|skeleton|extracardiac)\s*:\s*(?=\S)",
     re.IGNORECASE,
 )
 SUBJECT = re.compile(
-    r"(?:the|this|these|those)\s(?:(?:\w|-)+\s){0,4}?(?P<noun>\w+)\s(?P<verb>(?:also |again |now |further )?(?:is|are|was|were|has|have|extend|"
-    r"invad|abut|compress|displac|reach|lie|encas|involv|contact|infiltrat|measur|appear|show|contain|caus|cross|demonstrat"
-    r"|arise|protrud|obstruct|remain|surround|exert|propagat|start|begin|originat|terminat|project|herniat|track"
-    r"|communicat|occup|fill|replac|distort|narrow|enhanc|exhibit|expand|destroy|erod|penetrat|continu|course|drain|open)\w*)"
+    r"(?:the|this|these|those)\s(?:(?:\w|-)+\s){0,4}?(?P<noun>\w+)\s"
+    r"(?P<verb>(?:also |again |now |further )?(?:is|are|was|were|has|have|extend|invad|abut|compress|displac|reach|lie"
+    r"|encas|involv|contact|infiltrat|measur|appear|show|contain|caus|cross|demonstrat|arise|protrud|obstruct|remain"
+    r"|surround|exert|propagat|start|begin|originat|terminat|project|herniat|track|communicat|occup|fill|replac"
+    r"|distort|narrow|enhanc|exhibit|expand|destroy|erod|penetrat|continu|course|drain|open)\w*)"
 )
 RELATION = re.compile(
-    r"(?:also |again |now |further )?(?:extend|invad|abut|compress|displac|reach|encas|involv|contact|infiltrat|cross|protrud"
-    r"|obstruct|surround|exert|caus)"
+    r"(?:also |again |now |further )?(?:extend|invad|abut|compress|displac|reach|encas|involv|contact|infiltrat|cross"
+    r"|protrud|obstruct|surround|exert|caus)"
 )
 NOT_INVADED = re.compile(r"\b(?:without|no) (?:\w+ ){0,3}(?:inva|infiltrat|involv)")
 RESETTING = re.compile(
@@ -87,14 +95,14 @@ POINTING_BACK = re.compile(
     r"|\b(?:this|these) (?:segment|region|area|level|location|organ|lesion|mass|finding|structure|lobe|vessel|loop)"
 )
 HEADING_WORDS = frozenset(
-    "the and or of a other left right both large great system structure organ tract gland area region".split()
+    WORD.findall("the and or of a other left right both large great system structure organ tract gland area region")
 )
-
-
 PARTS_OF_ORGANS = frozenset(
-    ["tail", "head", "body", "wall", "margin", "dome", "pole", "border", "lobe", "apex", "base", "surface", "aspect", "edge",
-     "origin", "region", "part", "portion", "tip", "contour", "third", "end", "fundus", "side", "segment", "neck", "hilum"]
-)  # fmt: skip
+    WORD.findall(
+        "tail head body wall margin dome pole border lobe apex base surface aspect edge origin region part portion tip"
+        " contour third end fundus side segment neck hilum"
+    )
+)
 VESSELS = frozenset(["artery", "arterie", "vein", "venous", "arterial", "vessel"])
 
 
@@ -127,7 +135,9 @@ class Analysis:
         self.words = [word for word, _, _ in self.located]
         self.mentions = find_mentions(self.located, self.text, lexicon)
         if NOT_INVADED.search(self.text):  # that is said of the neighbour
-            self.mentions = [m._replace(kind="named") if m.kind == "landmark" and m.organs else m for m in self.mentions]
+            self.mentions = [
+                m._replace(kind="named") if m.kind == "landmark" and m.organs else m for m in self.mentions
+            ]
         self.organs = self.of_kind("named")
         self.weak = self.of_kind("weak")
         self.landmarks = self.of_kind("landmark")
@@ -321,7 +331,7 @@ class Analysis:
     def exceeds_limit(self, organ: str, number: int) -> bool:
         """Whether a piece gives a size above the organ's limit; the first limit whose words it holds counts."""
         piece = self.assertions.pieces[number]
-        text = self.assertions.text[piece.start : piece.end]
+        self.assertions.text[piece.start : piece.end]
         sizes = self.assertions.sizes_mm(number)
         for limit in self.lexicon.limits:
             if limit.organ == organ and all(word in self.text for word in limit.words) and sizes:
@@ -394,7 +404,7 @@ def find_mentions(located: Sequence[tuple[str, int, int]], text: str, lexicon: L
 
 
 def narrowed(mentions: list[Mention], lexicon: Lexicon) -> list[Mention]:
-    """What is said of vertebrae at large ("spondylosis") is of the part of the spine that the sentence names, if any."""
+    """What is said of vertebrae at large ("spondylosis") is of the part of the spine that is named, if any is."""
     spine = frozenset(lexicon.levels.values()) & lexicon.terms.keys()
     named = frozenset(
         organ
@@ -565,9 +575,8 @@ class Context:
             elif not named.words or RESETTING.search(named.text):
                 self.heading = None
         organs, is_sure = (own, True) if own else self.organs_of(analysis)
-        if analysis.organs or analysis.is_elsewhere or organs or not analysis.is_general:
-            if not (analysis.is_general and not organs):
-                self.last = organs
+        if organs or not analysis.is_general:
+            self.last = organs
         named = [mention.organs for mention in analysis.mentions if mention.organs and mention.kind != "weak"]
         if named:
             self.named_first, self.named_last = named[0], named[-1]
@@ -632,10 +641,9 @@ class Context:
                 return said, False
         if analysis.is_general and not analysis.weak_beside_general:
             return frozenset(), True
-        if analysis.refers_back and not analysis.is_general:
-            if not (analysis.weak and not self.last):
-                paired = self.last & self.lexicon.paired
-                return (paired if paired and any(analysis.piece_sides) else self.last), not analysis.has_finding
+        if analysis.refers_back and not analysis.is_general and (self.last or not analysis.weak):
+            paired = self.last & self.lexicon.paired
+            return (paired if paired and any(analysis.piece_sides) else self.last), not analysis.has_finding
         if analysis.refers_inside and not analysis.is_general and self.last:
             return self.last, False
         if analysis.weak:
@@ -693,7 +701,7 @@ def heading_of(sentence: str) -> str | None:
 def place_sentences(
     findings: Sequence[Sentence], impression: Sequence[Sentence], lexicon: Lexicon
 ) -> tuple[list[Placed], list[Placed]]:
-    """The sentences of both sections with their organs (steps 2 to 4); findings first, the impression refers to them."""
+    """The sentences of both sections with their organs (steps 2 to 4). The impression refers to the findings."""
     context = Context(lexicon, cached_analysis(lexicon))
     context.begin_section(findings)
     of_findings = [placed for sentence in findings if (placed := context.place(sentence))]

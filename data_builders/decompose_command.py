@@ -28,7 +28,7 @@ import os
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -343,8 +343,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="json",
-        help="json: {id, findings, impression, organs, ...}; published: desc_info.json and conc_info.json; csv: a row a "
-        "sentence, to be corrected by hand (default: json).",
+        help="json: {id, findings, impression, organs, ...}; published: desc_info.json and conc_info.json; csv: a row "
+        "a sentence, to be corrected by hand (default: json).",
     )
     parser.add_argument(
         "--method",

@@ -75,8 +75,8 @@ class Decomposition:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"decomposition {name!r} is not of the form {{id, organs: {{organ: {{findings, impression, abnormal}}}}}}: "
-                f"{error!r}."
+                f"decomposition {name!r} is not of the form {{id, organs: {{organ: {{findings, impression, "
+                f"abnormal}}}}}}: {error!r}."
             ) from None
 
 

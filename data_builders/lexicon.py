@@ -28,80 +28,34 @@ LEXICONS = Path(__file__).resolve().parent.parent / "hub_configs" / "lexicon"
 WORD = re.compile(r"[a-z0-9]+")
 BRITISH = re.compile(r"ae|oe|our\b|calibre\b|centre\b|fibre\b|litre\b")
 AMERICAN = {
-    "ae": "e",
-    "oe": "e",
-    "our": "or",
-    "calibre": "caliber",
-    "centre": "center",
-    "fibre": "fiber",
+    "ae": "e", "oe": "e", "our": "or", "calibre": "caliber", "centre": "center", "fibre": "fiber",
     "litre": "liter",
-}
+}  # fmt: skip
 # What scanned text takes for another: each is tried by itself.
-MISREAD = (("rn", "m"), ("m", "rn"), ("cl", "d"), ("d", "cl"), ("vv", "w"), ("ii", "u"), ("li", "h"), ("1", "l"), ("1", "i"),
-           ("0", "o"), ("5", "s"), ("8", "b"), ("6", "b"), ("ri", "n"), ("tl", "d"), ("c", "e"), ("nn", "m"))  # fmt: skip
+MISREAD = (
+    ("rn", "m"), ("m", "rn"), ("cl", "d"), ("d", "cl"), ("vv", "w"), ("ii", "u"), ("li", "h"), ("1", "l"), ("1", "i"),
+    ("0", "o"), ("5", "s"), ("8", "b"), ("6", "b"), ("ri", "n"), ("tl", "d"), ("c", "e"), ("nn", "m"),
+)  # fmt: skip
 MIN_MENDED = 6  # letters of the shortest word whose misprints are mended
 PREFIXES = frozenset(
-    [
-        "peri",
-        "para",
-        "sub",
-        "hydro",
-        "pneumo",
-        "hemo",
-        "retro",
-        "intra",
-        "inter",
-        "extra",
-        "endo",
-        "trans",
-        "cardio",
-        "hepato",
-        "spleno",
-        "costo",
-        "fibro",
-        "pleuro",
-        "supra",
-        "infra",
-        "gastro",
-        "broncho",
-        "pelvi",
-        "uretero",
-        "sacro",
-        "ilio",
-        "coxo",
-        "cholecysto",
-        "pan",
-        "poly",
-        "hyper",
-        "hypo",
-        "post",
-        "pre",
-        "bi",
-        "tracheo",
-    ]
+    WORD.findall(
+        "peri para sub hydro pneumo hemo retro intra inter extra endo trans cardio hepato spleno costo fibro pleuro"
+        " supra infra gastro broncho pelvi uretero sacro ilio coxo cholecysto pan poly hyper hypo post pre bi tracheo"
+    )
 )
 FOLDED = {
-    "œ": "e",
-    "æ": "e",
-    "ß": "s",
-    "ı": "i",
-    "ø": "o",
-    "ł": "l",
-    "’": "'",
-    "‘": "'",
-    "–": "-",
-    "—": "-",
-    "−": "-",
-    "×": "x",
-}
+    "œ": "e", "æ": "e", "ß": "s", "ı": "i", "ø": "o", "ł": "l", "’": "'", "‘": "'",
+    "–": "-", "—": "-", "−": "-", "×": "x",
+}  # fmt: skip
 IRREGULAR = {
-    "calculi": "calculus", "thrombi": "thrombus", "emboli": "embolus", "foci": "focus", "sulci": "sulcus", "gyri": "gyrus",
-    "diverticula": "diverticulum", "metastases": "metastasis", "atelectases": "atelectasis", "stenoses": "stenosis",
-    "bronchi": "bronchus", "septa": "septum", "hila": "hilum", "acetabula": "acetabulum", "humeri": "humerus",
-    "femora": "femur", "varices": "varix", "apices": "apex", "calices": "calyx", "calyces": "calyx", "ganglia": "ganglion",
-    "lenses": "len", "pneumothoraces": "pneumothorax", "hemithoraces": "hemithorax", "rami": "ramus", "crura": "crus",
-    "atria": "atrium", "thalami": "thalamus", "clavicles": "clavicle", "lymphadenopathies": "lymphadenopathy",
-    "prostheses": "prosthesis", "pelves": "pelvis", "aneurysmata": "aneurysm", "hematomata": "hematoma", "bases": "base",
+    "calculi": "calculus", "thrombi": "thrombus", "emboli": "embolus", "foci": "focus", "sulci": "sulcus",
+    "gyri": "gyrus", "diverticula": "diverticulum", "metastases": "metastasis", "atelectases": "atelectasis",
+    "stenoses": "stenosis", "bronchi": "bronchus", "septa": "septum", "hila": "hilum", "acetabula": "acetabulum",
+    "humeri": "humerus", "femora": "femur", "varices": "varix", "apices": "apex", "calices": "calyx",
+    "calyces": "calyx", "ganglia": "ganglion", "lenses": "len", "pneumothoraces": "pneumothorax",
+    "hemithoraces": "hemithorax", "rami": "ramus", "crura": "crus", "atria": "atrium", "thalami": "thalamus",
+    "clavicles": "clavicle", "lymphadenopathies": "lymphadenopathy", "prostheses": "prosthesis", "pelves": "pelvis",
+    "aneurysmata": "aneurysm", "hematomata": "hematoma", "bases": "base",
 }  # fmt: skip
 SIDED = re.compile(r"(?P<base>.+?)_(?P<side>left|right)(?:_(?P<number>\d{1,2}))?")
 LEVEL = re.compile(r"vertebrae_(?P<part>[CTLS])(?P<number>\d{1,2})")

@@ -64,17 +64,21 @@ WIDE_GAP = re.compile(r"(?<=[a-z0-9)\]?%])(?: {2,}|\t+ *)(?=[A-Z])")
 
 SECTIONS = {
     "findings": r"findings?|(?:ct |radiolog(?:y|ical) |imaging |positive |other |additional |incidental )findings"
-    r"|(?:ct )?report|description|observations?|results?|body of report|findings and comments?",
-    "impression": r"impressions?|conclusions?|opinion|summary|assessment|(?:final |radiological |ct )?(?:diagnosis|impression)"
-    r"|interpretation|impression and (?:plan|recommendations?)|conclusion and recommendations?|overall impression"
-    r"|findings/impression|imp|key findings",
-    "other": r"technique|procedure|protocol|(?:clinical |relevant |medical |patient |past |brief )*(?:history|information|indications?"
-    r"|data|details|context|question|background|presentation)|indications?(?: for (?:exam(?:ination)?|study))?"
-    r"|reasons? for (?:the )?(?:exam(?:ination)?|study|visit|referral)|comparisons?(?: stud(?:y|ies))?|prior(?:s| stud(?:y|ies))?"
-    r"|exam(?:ination)?(?: (?:date|type|performed))?|study(?: (?:date|type))?|modality|dose|radiation(?: dose)?|dlp|ctdi(?:vol)?"
-    r"|contrast(?: (?:media|agent|material))?|scan range|method(?:s|ology)?|electronically signed(?: by)?|signed(?: by)?"
-    r"|dictated(?: by)?|(?:attending |reporting )?radiologist|patient(?: (?:id|name|age|sex))?|age|sex|name|mrn|accession"
-    r"(?: (?:no|number))?|date(?: of (?:exam(?:ination)?|birth|study))?|referring physician|critical results?|disclaimer",
+    r"|(?:ct )?report|description|narrative|observations?|results?|body of report|findings and comments?",
+    "impression": r"impressions?|conclusions?|opinion|summary|assessment|interpretation"
+    r"|(?:final |radiological |ct )?(?:diagnosis|impression)|(?:impression|conclusion) and (?:plan|recommendations?)"
+    r"|overall impression|findings/impression|imp|key findings",
+    "other": r"technique|procedure|protocol"
+    r"|(?:clinical |relevant |medical |patient |past |brief )*"
+    r"(?:history|information|indications?|data|details|context|question|background|presentation)"
+    r"|indications?(?: for (?:exam(?:ination)?|study))?"
+    r"|reasons? for (?:the )?(?:exam(?:ination)?|study|visit|referral)"
+    r"|comparisons?(?: stud(?:y|ies))?|prior(?:s| stud(?:y|ies))?"
+    r"|exam(?:ination)?(?: (?:date|type|performed))?|study(?: (?:date|type))?|modality"
+    r"|dose|radiation(?: dose)?|dlp|ctdi(?:vol)?|contrast(?: (?:media|agent|material))?|scan range|method(?:s|ology)?"
+    r"|electronically signed(?: by)?|signed(?: by)?|dictated(?: by)?|(?:attending |reporting )?radiologist"
+    r"|patient(?: (?:id|name|age|sex))?|age|sex|name|mrn|accession(?: (?:no|number))?"
+    r"|date(?: of (?:exam(?:ination)?|birth|study))?|referring physician|critical results?|disclaimer",
 }
 SECTION_OF = [(kind, re.compile(rf"(?:{names})(?: section)?", re.IGNORECASE)) for kind, names in SECTIONS.items()]
 ANY_SECTION = "|".join(f"(?:{names})(?: section)?" for names in SECTIONS.values())
@@ -85,6 +89,7 @@ SECTION_HEADER = re.compile(
     re.IGNORECASE,
 )
 OTHERS_END = re.compile(r"(?<=\S)[ \t]*\n\s*(?=[^\sa-z])")
+SENTENCE_END = re.compile(r"(?<=[a-z\d]{2}\.)\s+(?=[A-Z])")
 DASHED_HEADER = re.compile(r"[-–—]\s*$")
 
 
@@ -159,8 +164,8 @@ def split_sections(text: str, default: str) -> Iterator[tuple[str, str]]:
         yield kind, text[start : header.start()]
         kind, start = section_of(header["name"]), header.end()
         if kind == "other" and not names_findings:
-            # Nothing says where the findings begin: with the next line that is no continuation of the header's own text.
-            end = OTHERS_END.search(text, start) or re.compile(r"(?<=[a-z\d]{2}\.)\s+(?=[A-Z])").search(text, start)
+            # Nothing says where the findings begin: with the next line that does not go on with the header's own text.
+            end = OTHERS_END.search(text, start) or SENTENCE_END.search(text, start)
             if end and end.start() > start and end.end() < len(text):
                 yield kind, text[start : end.start()]
                 kind, start = default, end.end()

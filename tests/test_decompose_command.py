@@ -112,7 +112,9 @@ def test_bad_reports_are_counted(tmp_path, capsys):
     turkish = (
         "Trakea ve her iki ana bronş açıktır. Kalp boyutu normaldir. Perikardiyal efüzyon izlenmedi. Karaciğer doğal."
     )
-    spanish = "Pulmones sin consolidación. No hay derrame pleural. Corazón normal. Aorta de calibre normal. Hígado sin lesiones."
+    spanish = (
+        "Pulmones sin consolidación. No hay derrame pleural. Corazón y aorta de calibre normal. Hígado sin lesiones."
+    )
     rows = [
         ("empty", "", ""),
         ("blank", " \n ", ""),
@@ -185,9 +187,9 @@ def test_text_of_any_kind_is_split_without_a_crash():
     """Characters and pieces of reports put together at random."""
     chosen = random.Random(1)
     pieces = [
-        *"abc 123 .,;:?!()[]<>&*#-–\n\t\"'%/\\|_~^", "No ", "the liver ", "not seen", "\n\n", "FINDINGS:", "IMPRESSION:", "1. ",
-        "5 mm", "lymph nodes ", "and ", "without ", "adjacent to ", "it ", "is ", "L1-L3 ", "ribs 4-7 ", "\x00", "é", "ı", "😀",
-        "&lt;", "<b>", "which ", "The mass ", "effusion", " - ", "LIVER: ", "resolved", "none",
+        *"abc 123 .,;:?!()[]<>&*#-–\n\t\"'%/\\|_~^", "No ", "the liver ", "not seen", "\n\n", "FINDINGS:",
+        "IMPRESSION:", "1. ", "5 mm", "lymph nodes ", "and ", "without ", "adjacent to ", "it ", "is ", "L1-L3 ", "ribs 4-7 ",
+        "\x00", "é", "ı", "😀", "&lt;", "<b>", "which ", "The mass ", "effusion", " - ", "LIVER: ", "resolved", "none",
     ]  # fmt: skip
     organs = ["liver", "rib_left_4", "vertebrae_L2", "lung_upper_lobe_left", "kidney", "heart"]
     for _ in range(200):

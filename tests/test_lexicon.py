@@ -92,9 +92,10 @@ def test_an_organ_of_the_users_own_is_known_by_its_classes():
     ("one", "other"),
     [
         ("Oesophagus", "esophagus"), ("haemorrhage", "hemorrhage"), ("caecum", "cecum"), ("tumours", "tumor"),
-        ("calibre", "caliber"), ("vertebrae", "vertebra"), ("sub-pleural", "subpleural"), ("Gall Bladder", "gall bladders"),
-        ("pneurnothorax", "pneumothorax"), ("k1dney", "kidney"), ("pancraes", "pancreas"), ("hydronephrosls", "hydronephrosis"),
-        ("metastases", "metastasis"), ("peri-cardial", "pericardial"), ("ga11b1adder", "gallbladder"),
+        ("calibre", "caliber"), ("vertebrae", "vertebra"), ("sub-pleural", "subpleural"),
+        ("Gall Bladder", "gall bladders"), ("pneurnothorax", "pneumothorax"), ("k1dney", "kidney"),
+        ("pancraes", "pancreas"), ("hydronephrosls", "hydronephrosis"), ("metastases", "metastasis"),
+        ("peri-cardial", "pericardial"), ("ga11b1adder", "gallbladder"),
     ],
 )  # fmt: skip
 def test_spellings_that_are_one(one, other):

@@ -10,12 +10,12 @@ from data_builders.report_labels import LABELS, label_values, load_finding_rules
 LEXICON = load_lexicon("english")
 RULES = load_finding_rules("ct_rate_18", LEXICON)
 # The columns of CT-RATE's label files.
-FINDINGS = (
-    "Medical material,Arterial wall calcification,Cardiomegaly,Pericardial effusion,Coronary artery wall calcification,"
-    "Hiatal hernia,Lymphadenopathy,Emphysema,Atelectasis,Lung nodule,Lung opacity,Pulmonary fibrotic sequela,"
-    "Pleural effusion,Mosaic attenuation pattern,Peribronchial thickening,Consolidation,Bronchiectasis,"
-    "Interlobular septal thickening"
-).split(",")
+FINDINGS = [
+    *("Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion"),
+    *("Coronary artery wall calcification", "Hiatal hernia", "Lymphadenopathy", "Emphysema", "Atelectasis"),
+    *("Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion", "Mosaic attenuation pattern"),
+    *("Peribronchial thickening", "Consolidation", "Bronchiectasis", "Interlobular septal thickening"),
+]
 
 
 def labels_of(findings, impression="", rules=RULES):

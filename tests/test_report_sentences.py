@@ -58,7 +58,8 @@ def texts_of(sentences):
 def test_headers_inside_one_text():
     report = (
         "CLINICAL HISTORY: Known emphysema.\nTECHNIQUE: CT without contrast.\nCOMPARISON: None.\n"
-        "FINDINGS: The lungs are clear. Comparison was made with 2019.\n\nIMPRESSION:\n1. Normal lungs.\n2. No effusion."
+        "FINDINGS: The lungs are clear. Comparison was made with 2019.\n\nIMPRESSION:\n1. Normal lungs."
+        "\n2. No effusion."
     )
     found = report_sentences(report, "")
     assert texts_of(found.findings) == ["The lungs are clear.", "Comparison was made with 2019."]
