@@ -786,7 +786,8 @@ def decompose_report(
         return Decomposition(report_id, {}, notes=dict(notes))
     if not is_english(f"{findings} {impression}", lexicon):
         notes["not_english"] = 1
-        return Decomposition(report_id, {}, notes=dict(notes))
+        unread = tuple(sentence.text for section in report_sentences(findings, impression) for sentence in section)
+        return Decomposition(report_id, {}, uncertain_sentences=unread, notes=dict(notes))
     sentences = report_sentences(findings, impression)
     of_findings, of_impression = place_sentences(sentences.findings, sentences.impression, lexicon)
     texts = {}
