@@ -95,11 +95,34 @@ def run_command(reports: Path, out: Path, workers: int) -> tuple[float, float, f
     command += ["--out", str(out), "--workers", str(workers)]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).resolve().parent.parent)
-    _, status, usage = os.wait4(process.pid, 0)
+    peak_mb, ended = 0.0, 0
+    while not ended:
+        peak_mb = max([peak_mb, *map(largest_resident_mb, family_of(process.pid))])
+        time.sleep(0.05)
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+    wall = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}.")
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    return wall, usage.ru_utime + usage.ru_stime, peak_mb
+
+
+def family_of(pid: int) -> list[int]:
+    """A process and those it started, as Linux lists them; what has ended is left out."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    except OSError:
+        return []
+    return [pid, *(other for child in children for other in family_of(int(child)))]
+
+
+def largest_resident_mb(pid: int) -> float:
+    """Largest resident size of a process since its program began. (rusage would count that of its parent as well.)"""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def try_every_term(words: Sequence[str], place: int, lexicon: Lexicon) -> Entry | None:
