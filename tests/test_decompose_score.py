@@ -13,7 +13,7 @@ import pytest
 
 from data_builders.__main__ import COMMANDS, main
 from data_builders.decompose_agreement import agreement
-from data_builders.decompose_score import content_of, match_sentences, score
+from data_builders.decompose_score import content_of, match_sentences, score, split_by_rules
 from data_builders.decomposition_files import SECTIONS, organs_of, read_decompositions
 
 GOLD = Path(__file__).parent / "data" / "reports_gold" / "tuning"
@@ -272,10 +272,19 @@ def test_the_command_scores_the_rules_on_a_folder(tmp_path, capsys):
     assert main(["decompose-score", "--gold", str(GOLD), "--json", str(tmp_path / "score.json")]) == 0
     result = json.loads((tmp_path / "score.json").read_text())
     assert result["num_reports"] == len(read_decompositions(GOLD)) and result["organ_set"] == "body_24"
-    assert 0.85 < result["micro_f1"] <= 1 and 0.8 < result["macro_f1"] <= 1 and 0.8 < result["abnormal_accuracy"] <= 1
     assert result["invented"] == 0, "rules cut, and write nothing"
     assert sum(one["support"] for one in result["per_organ"].values()) == result["num_pairs"]["gold"] > 400
     assert f"micro F1 {result['micro_f1']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("half", "floors"), [("tuning", (0.98, 0.97, 0.98)), ("final", (0.96, 0.95, 0.94))])
+def test_the_rules_do_not_fall_behind_their_scores(half, floors):
+    """Measured: 0.997, 0.995, 0.998 on what the lexicon was made with, 0.974, 0.969, 0.957 on the held-out half."""
+    gold = read_decompositions(GOLD.parent / half)
+    _, organs = organs_of(gold, None)
+    result = score(gold, split_by_rules(gold, organs, "english"), organs)
+    names = ("micro_f1", "macro_f1", "abnormal_accuracy")
+    assert all(floor <= result[name] <= 1 for name, floor in zip(names, floors)), {n: result[n] for n in names}
 
 
 @pytest.mark.parametrize("form", ["list", "by id", "lines"])
