@@ -95,7 +95,8 @@ def test_the_command_writes_the_page(tmp_path):
     split.write_text('[{"id": "tuning_02", "organs": {}}]')
     files = ["--gold", str(GOLD), "--predicted", str(split), "--json", str(tmp_path / "s.json"), "--page", str(out)]
     assert main(["decompose-score", *files]) == 0
-    assert f"{len(read_decompositions(GOLD))} reports" in out.read_text(encoding="utf-8") and "split.json" in out.read_text(encoding="utf-8")
+    page = out.read_text(encoding="utf-8")
+    assert f"{len(read_decompositions(GOLD))} reports" in page and "split.json" in page
 
 
 @pytest.mark.slow
