@@ -423,12 +423,12 @@ def protocol_warnings(args: argparse.Namespace, settings: dict) -> list[str]:
     warnings = []
     if args.level == "reconstruction" and holds_first_alone(settings):
         warnings.append(
-            f"--level reconstruction, but {args.data} was built with the first reconstruction of every scan alone. For "
+            "--level reconstruction, but the split was built with the first reconstruction of every scan alone. For "
             "the published count build it with `python -m data_builders ct_rate --reconstructions all`."
         )
     if args.protocol == "published" and settings.get("preprocessing", "standard") == "standard":
         warnings.append(
-            f"--protocol published, but {args.data} and the model are of preprocessing 'standard': the scans are not "
+            "--protocol published, but split and model are of preprocessing 'standard': the scans are not "
             "those of the published evaluation. For these build and convert with `--preprocessing published`."
         )
     return warnings

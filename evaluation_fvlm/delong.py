@@ -108,8 +108,8 @@ def delong_test(
         auc_b=float(aucs[1]),
         difference=difference,
         standard_error=error,
-        low=difference - norm.ppf(0.975) * error,
-        high=difference + norm.ppf(0.975) * error,
+        low=float(difference - norm.ppf(0.975) * error),
+        high=float(difference + norm.ppf(0.975) * error),
         z=z,
         p=None if z is None else float(2 * norm.sf(abs(z))),
     )

@@ -135,7 +135,7 @@ class Protocol:
                 raise EvaluationError(f"threshold {self.threshold!r} is neither a number nor one of {list(SOURCES)}.")
         elif not np.isfinite(self.threshold):
             raise EvaluationError(f"threshold {self.threshold} is no finite number.")
-        for name, least in (("num_bootstraps", 0), ("num_folds", 2), ("num_bins", 2)):
+        for name, least in (("num_bootstraps", 0), ("num_folds", 2), ("num_bins", 2), ("seed", 0)):
             if getattr(self, name) < least:
                 raise EvaluationError(f"{name} {getattr(self, name)} must be at least {least}.")
 
@@ -511,7 +511,8 @@ def _development_thresholds(evaluation: Evaluation, development: pd.DataFrame) -
 
 def _draw(evaluation: Evaluation) -> np.ndarray | None:
     protocol = evaluation.protocol
-    if not protocol.num_bootstraps or not evaluation.measured:
+    # Resamples of one patient are all alike: an interval of no width would say that nothing is uncertain.
+    if not protocol.num_bootstraps or not evaluation.measured or len(evaluation.patient_ids) < 2:
         return None
     return draw_patients(len(evaluation.patient_ids), protocol.num_bootstraps, protocol.seed)
 
@@ -714,7 +715,7 @@ def _warnings(evaluation: Evaluation) -> list[str]:
         warnings.append(f"fewer than {FEW_PATIENTS} patients with the finding, so intervals are rough: {few}.")
     if constant := named(lambda c: np.ptp(c.scores) == 0):
         warnings.append(f"all scores are equal, so an AUC of 0.5 says nothing: {constant}.")
-    if perfect := named(lambda c: c.labels[c.scores.argsort()].argmax() == len(c.labels) - c.num_positives):
+    if perfect := named(lambda c: c.scores[c.labels == 1].min() > c.scores[c.labels == 0].max()):
         warnings.append(f"perfectly separated, so resampling shows no spread, and intervals are too narrow: {perfect}.")
     if silent := named(lambda c: c.thresholds is not None and not c.is_called.any()):
         warnings.append(f"nothing is called present at the threshold, precision is set to 0: {silent}.")

@@ -8,7 +8,7 @@ Scores, one of:
     long        a row per case and finding with columns finding and score, as our scores.csv
 
 Labels, one of:
-    CT-RATE     VolumeName, then a column of 0 and 1 for every finding
+    CT-RATE     VolumeName, then a column of 0 and 1 for every finding; of a task's findings case and _ do not matter
     RAD-ChestCT NoteAcc_DEID, then columns `abnormality*location`, or one for every abnormality; made into CT-RATE's
                 findings by hub_configs/labels/rad_chest_ct.yaml
     long        a row per case and finding with columns finding and label, as our scores.csv, which needs no other file
@@ -129,6 +129,7 @@ def read_score_table(
     label_cells = _label_cells(label_file or score_file, task)
     if task is not None:
         findings = list(task.findings)
+        label_cells = _as_spelt(label_cells, findings, label_file or score_file)
         _check_some_label(label_cells, findings, label_file or score_file)
     else:
         findings = list(label_cells)
@@ -318,6 +319,22 @@ def _any_of(parts: list[dict[str, tuple[str, str]]]) -> dict[str, tuple[str, str
     return cells
 
 
+def _as_spelt(cells: Cells, findings: Sequence[str], file: _File) -> Cells:
+    """The same under the findings' own spelling: case and _ for a space do not matter."""
+    spelling = {_plain(finding): finding for finding in findings}
+    result: Cells = {}
+    name_of: dict[str, str] = {}
+    for name, of_cases in cells.items():
+        finding = name if name in findings else spelling.get(_plain(name), name)
+        if finding in result:
+            raise EvaluationError(
+                f"{file.path}: {shortened(name_of[finding])!r} and {shortened(name)!r} both match the finding "
+                f"{finding!r}; keep one."
+            )
+        result[finding], name_of[finding] = of_cases, name
+    return result
+
+
 def _check_some_label(cells: Cells, findings: Sequence[str], file: _File) -> None:
     if not set(cells) & set(findings):
         raise EvaluationError(
@@ -333,7 +350,7 @@ def _score_cells(file: _File, findings: Sequence[str], task: Task | None) -> tup
     if file.is_long:
         if "score" not in file.header:
             raise EvaluationError(f"{file.path} has a column `finding`, and no column `score`.")
-        cells = _long_cells(file, "score", task)
+        cells = _as_spelt(_long_cells(file, "score", task), findings, file)
         if task is None and "organ" in file.header:
             organs = dict(zip(file.column("finding"), file.column("organ")))
         ignored = [finding for finding in cells if finding not in findings]
@@ -420,7 +437,7 @@ def _score(cell: tuple[str, str] | None, logits: bool) -> float:
     if np.isnan(value):
         return value
     if not np.isfinite(value):
-        raise EvaluationError(f"{cell[1]}: score {cell[0]} is not finite.")
+        raise EvaluationError(f"{cell[1]}: score {shortened(cell[0])!r} is not finite.")
     if logits:
         return float(expit(value))
     if not 0 <= value <= 1:

@@ -505,6 +505,8 @@ def test_a_split_that_is_not_what_the_protocol_says_is_told(workplace, tmp_path,
     protocol, printed = run("published", "--protocol", "published", data=tmp_path / "data", window_size=[4, 12, 32])
     assert len(protocol["warnings"]) == printed.count("WARNING") == 2
     assert "preprocessing 'standard'" in protocol["warnings"][1]
+    # They go into a model's card, where no path of this machine belongs.
+    assert not any(str(tmp_path) in warning for warning in protocol["warnings"])
 
 
 @pytest.mark.parametrize("kind", ["missing keys", "unexpected keys", "mismatched keys", "cannot be loaded"])

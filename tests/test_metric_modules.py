@@ -215,6 +215,7 @@ def test_batches_add_up():
         ("organ_auc", {"findings": ["a", "b"]}, "2 findings for 1 columns"),
         ("organ_auc", {"patient_ids": ["a"]}, "1 patient_ids for 2 cases"),
         ("finding_f1", {"threshold": "best"}, "threshold 'best' is neither a number nor one of"),
+        ("finding_f1", {"threshold": float("nan")}, "threshold nan is no finite number"),
         ("finding_f1", {"threshold": "test_labels", "predictions": [[3.0], [0.1]]}, "give probabilities"),
         ("finding_f1", {"num_folds": 3}, "3 folds of 2 patients"),
         ("retrieval_recall", {"pool": "half"}, "pool 'half' is not one of"),

@@ -283,6 +283,14 @@ def test_too_few_positive_patients_for_a_threshold():
     assert "Nodule" in few
 
 
+def test_one_patient_has_no_interval():
+    frame = table(num_patients=1, scans=2, findings={"Nodule": "lung"}).sort_values("recon_id", ignore_index=True)
+    frame["label"] = [1.0, 1.0, 0.0, 0.0]
+    result = evaluate_frame(frame, Protocol(threshold=0.5, **QUICK))
+    figures = [result["macro"]["auc"], result["micro"]["f1"], result["per_finding"]["Nodule"]["auc"]]
+    assert all(known["value"] is not None and known["low"] is known["high"] is None for known in figures)
+
+
 def test_warnings_name_scores_that_say_nothing_or_all():
     frame = table(num_patients=30)
     frame.loc[frame["finding"] == "Nodule", "score"] = 0.5
@@ -291,6 +299,8 @@ def test_warnings_name_scores_that_say_nothing_or_all():
     result = evaluate_frame(frame, Protocol(threshold=0.9, **QUICK))
     told = {start: [w for w in result["warnings"] if w.startswith(start)] for start in ("all scores", "perfectly")}
     assert told["all scores"][0].endswith(": Nodule.") and told["perfectly"][0].endswith(": Effusion.")
+    in_order = evaluate_frame(frame.sort_values("label"), Protocol(threshold=0.9, **QUICK))["warnings"]
+    assert told["perfectly"][0] in in_order  # equal scores separate nothing, in whatever order they come
     (silent,) = [w for w in result["warnings"] if w.startswith("nothing is called present")]
     assert "Nodule, Effusion" in silent or "Effusion, Nodule" in silent
     assert result["per_finding"]["Effusion"]["precision"]["value"] == 0.0
@@ -360,6 +370,7 @@ def test_a_broken_table_is_refused(change, message):
         ({"duplicates": "merge"}, "duplicates 'merge'"),
         ({"num_bootstraps": -1}, "num_bootstraps -1 must be at least 0"),
         ({"num_folds": 1}, "num_folds 1 must be at least 2"),
+        ({"seed": -1}, "seed -1 must be at least 0"),
     ],
 )
 def test_a_protocol_that_cannot_be_is_refused(settings, message):

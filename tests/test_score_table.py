@@ -198,11 +198,41 @@ def test_a_score_that_is_no_probability_is_refused(read, text):
 
 
 @pytest.mark.parametrize(
+    "labels",
+    [
+        "VolumeName,nodule,Big_heart\nvalid_1_a_1,1,0\nvalid_2_a_1,0,1\n",
+        "recon_id,finding,label\n"
+        "valid_1_a_1,NODULE,1\nvalid_2_a_1,NODULE,0\nvalid_1_a_1,big_heart,0\nvalid_2_a_1,big_heart,1\n",
+    ],
+)
+def test_labels_of_a_task_may_be_spelt_otherwise(read, labels):
+    scores = "recon_id,finding,score\nvalid_1_a_1,nodule,0.75\nvalid_2_a_1,nodule,0.5\nvalid_2_a_1,Big_Heart,0.25\n"
+    table = read(scores, labels, task=TASK)
+    assert values(table, "label") == {
+        "Nodule": {"valid_1_a_1": 1, "valid_2_a_1": 0},
+        "Big heart": {"valid_1_a_1": 0, "valid_2_a_1": 1},
+    }
+    nan = pytest.approx(np.nan, nan_ok=True)
+    assert values(table, "score") == {
+        "Nodule": {"valid_1_a_1": 0.75, "valid_2_a_1": 0.5},
+        "Big heart": {"valid_1_a_1": nan, "valid_2_a_1": 0.25},
+    }
+    assert not table.notes["findings_without_labels"] and not table.notes["columns_ignored"]
+
+
+def test_two_label_columns_of_one_finding_are_refused(read):
+    labels = "VolumeName,Nodule,nodule\nvalid_1_a_1,1,0\n"
+    with pytest.raises(EvaluationError, match="labels.csv: 'Nodule' and 'nodule' both match the finding 'Nodule'"):
+        read(PLAIN + ROWS, labels, task=TASK)
+
+
+@pytest.mark.parametrize(
     "scores, labels, message",
     [
         ("file_name,Nodule\nvalid_1_a_1,high\n", LABELS, "row 2 .*'high' is no number"),
         ("file_name,Nodule\nvalid_1_a_1,1_0\n", LABELS, "'1_0' is no number"),
-        ("file_name,Nodule\nvalid_1_a_1,inf\n", LABELS, "inf is not finite"),
+        ("file_name,Nodule\nvalid_1_a_1,inf\n", LABELS, "inf' is not finite"),
+        (f"file_name,Nodule\nvalid_1_a_1,{'9' * 400}\n", LABELS, "score '9{50,57}[^9]+' is not finite"),
         ("file_name,Nodule\nvalid_1_a_1,0.5\n", "VolumeName,Nodule\nvalid_1_a_1,2\n", "label '2' is neither 0 nor 1"),
         ("file_name,Nodule\nvalid_1_a_1,0.5,1\n", LABELS, "row 2: 3 cells, where the header has 2"),
         ("file_name,Nodule\nvalid_1_a_1\n", LABELS, "row 2: 1 cells"),

@@ -156,6 +156,8 @@ def _checked(scores, labels, findings, patient_ids, threshold):
         raise ValueError(f"a label is 1, 0, or NaN, None or -1 where unknown; got {labels[wrong][0]:g}.")
     if isinstance(threshold, str) and threshold not in RULES:
         raise ValueError(f"threshold {threshold!r} is neither a number nor one of {list(RULES)}.")
+    if not isinstance(threshold, str) and not np.isfinite(threshold):
+        raise ValueError(f"threshold {threshold} is no finite number.")
     if threshold == "test_labels" and ((scores < 0) | (scores > 1)).any():
         raise ValueError("threshold 'test_labels' tries thresholds within [0, 1]: give probabilities.")
     findings = [str(n) for n in range(scores.shape[1])] if findings is None else [str(name) for name in findings]
