@@ -63,7 +63,7 @@ FUNCTION_WORDS = frozenset(
         " within both left right normal seen"
     )
 )
-CACHED_SENTENCES = 20_000
+CACHED_SENTENCES = 4_000
 NODE_WORDS = frozenset(
     ["and", "or", "nor", "enlarged", "pathological", "level", "region", "station", "chain", "perihilar", "hilum"]
 )
