@@ -321,9 +321,9 @@ def summarize_ranks(
     per_query = np.column_stack([hits, reciprocals])  # (queries, k + 1)
     means, median = per_query.mean(axis=0), float(np.median(expected))
     resampled, resampled_median = None, None
-    if num_bootstraps:
-        _, patient_of = np.unique(patients, return_inverse=True)
-        num_patients = int(patient_of.max()) + 1
+    _, patient_of = np.unique(patients, return_inverse=True)
+    num_patients = int(patient_of.max()) + 1
+    if num_bootstraps and num_patients > 1:  # resamples of one patient are all alike
         weights = draw_patients(num_patients, num_bootstraps, seed)  # (resamples, patients)
         sums = np.zeros((num_patients, per_query.shape[1] + 1))
         np.add.at(sums, patient_of, np.column_stack([per_query, np.ones(len(per_query))]))

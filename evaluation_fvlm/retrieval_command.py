@@ -60,8 +60,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_embeddings(args: argparse.Namespace) -> StoredEmbeddings:
     """The folder of the options, read and checked; a file that cannot be written is told of before."""
-    if args.bootstraps < 0:
-        raise EvaluationError(f"--bootstraps {args.bootstraps} must be 0 or more.")
+    for name in ("bootstraps", "seed"):
+        if getattr(args, name) < 0:
+            raise EvaluationError(f"--{name} {getattr(args, name)} must be 0 or more.")
     if args.json:
         check_can_write(args.json)
     return load_embeddings(args.embeddings)

@@ -100,6 +100,7 @@ def test_probe_learns_from_the_files_alone(folder, capsys):
     [
         (["retrieval", "--embeddings", "{}/elsewhere"], "holds no embeddings"),
         (["retrieval", "--embeddings", "{}/e", "--bootstraps", "-1"], "--bootstraps -1 must be 0 or more"),
+        (["diagnostics", "--embeddings", "{}/e", "--seed", "-1"], "--seed -1 must be 0 or more"),
         (["retrieval", "--embeddings", "{}/no_texts"], "holds no texts"),
         (["retrieval", "--embeddings", "{}/unkept", "--examples", "1", "--bootstraps", "0"], "texts were not kept"),
         (["diagnostics", "--embeddings", "{}/e", "--max_points", "1"], "must be at least 2"),

@@ -186,13 +186,26 @@ def test_retrieval_is_the_evaluations(pool, collapsed):
         wanted |= {name: expected[theirs][name] for name in ("mrr", "median_rank")}
         for name, figure in wanted.items():
             got = [found[ours][f"{name}{end}"] for end in ("", "_low", "_high", "_chance")]
-            # E3's cosines are float32: a median between two ranks may round, figures agree far beyond their interval.
+            # retrieval.py's cosines are float32: a median between two ranks may round.
             assert got == pytest.approx([figure[key] for key in ("value", "low", "high", "chance")], abs=1e-9), name
         if collapsed:
             assert found[ours]["recall@1"] == pytest.approx(found[ours]["recall@1_chance"])
         else:
             assert found[ours]["recall@1"] > 2 * found[ours]["recall@1_chance"]
     json.dumps(found)
+
+
+@pytest.mark.parametrize("name", ["organ_auc", "finding_f1", "retrieval_recall"])
+def test_one_patient_has_no_interval(name):
+    if name == "retrieval_recall":
+        given = {"predictions": [[1.0, 0.0], [0.0, 1.0]], "references": [[1.0, 0.1], [0.2, 1.0]]}
+    else:
+        given = {"predictions": [[0.9], [0.1]], "references": [[1.0], [0.0]]}
+    options = {"threshold": 0.5} if name == "finding_f1" else {}
+    found = loaded(name).compute(**given, patient_ids=["p", "p"], num_bootstraps=20, **options)
+    figures = found["image_to_text"] if name == "retrieval_recall" else found
+    ends = {key: value for key, value in figures.items() if key.endswith(("_low", "_high"))}
+    assert ends and set(ends.values()) == {None}
 
 
 def test_batches_add_up():

@@ -195,6 +195,10 @@ def test_intervals_resample_patients_with_all_their_queries():
         low, high = np.quantile(values, [0.025, 0.975])
         assert (got[name]["low"], got[name]["high"]) == (pytest.approx(low), pytest.approx(high))
         assert got[name]["low"] < got[name]["high"]
+    alone = summarize_ranks(ranks, np.full(14, "p"), num_bootstraps=20)  # its resamples are all alike
+    assert (
+        alone["mrr"]["value"] == figures["mrr"]["value"] and alone["mrr"]["low"] is alone["median_rank"]["low"] is None
+    )
 
 
 def split_of(seed: int = 0, num_scans: int = 30) -> tuple[SplitEmbeddings, SplitTexts]:

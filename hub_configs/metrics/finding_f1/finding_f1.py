@@ -44,7 +44,7 @@ Args:
     patient_ids: Patient of every case; each case is one of its own unless given.
     threshold: A number, "cross_validation" or "test_labels".
     num_folds: Of the cross-validation.
-    num_bootstraps: Resamples of the patients; 0: no intervals.
+    num_bootstraps: Resamples of the patients; 0, or one patient alone: no intervals.
     seed: Of resamples and folds.
 
 Returns:
@@ -94,6 +94,8 @@ class FindingF1(evaluate.Metric):
             has = np.zeros((num_patients, int(is_measured.sum())), bool)
             np.logical_or.at(has, patients[taken], is_positive[taken][:, is_measured])
             folds = _folds(has, num_folds, seed)
+        if num_patients < 2:
+            num_bootstraps = 0  # resamples of one patient are all alike
         weights = _draw(num_patients, num_bootstraps, seed)
 
         per_finding, resamples = {}, {}

@@ -34,7 +34,7 @@ Args:
     findings: Name of every column; numbers unless given.
     organs: Organ of every column, for `per_organ`.
     patient_ids: Patient of every case; each case is one of its own unless given.
-    num_bootstraps: Resamples of the patients; 0: no intervals.
+    num_bootstraps: Resamples of the patients; 0, or one patient alone: no intervals.
     seed: Of the resamples.
 
 Returns:
@@ -78,6 +78,8 @@ class OrganAUC(evaluate.Metric):
             taken = is_counted.any(axis=1)
             names, patients[taken] = np.unique(patient_ids[taken], return_inverse=True)
             num_patients = len(names)
+        if num_patients < 2:
+            num_bootstraps = 0  # resamples of one patient are all alike
         weights = _draw(num_patients, num_bootstraps, seed)
 
         per_finding, resamples = {}, {}

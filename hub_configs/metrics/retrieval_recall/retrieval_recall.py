@@ -35,7 +35,7 @@ Args:
     patient_ids: Patient of every pair; each is one of its own unless given.
     k: The k of recall at k.
     pool: "whole" or "deduplicated".
-    num_bootstraps: Resamples of the patients; 0: no intervals.
+    num_bootstraps: Resamples of the patients; 0, or one patient alone: no intervals.
     seed: Of the resamples.
 
 Returns:
@@ -149,6 +149,8 @@ def _figures(nearer, tied, correct, text, ids, at, num_bootstraps, seed):
     low, high = np.searchsorted(1 - missed, 0.5 - 1e-12), np.searchsorted(1 - missed, 0.5 + 1e-12)
 
     patients = np.unique(ids, return_inverse=True)[1]
+    if patients.max() == 0:
+        num_bootstraps = 0  # resamples of one patient are all alike
     weights = _draw(patients.max() + 1, num_bootstraps, seed)
     means, medians = np.zeros((num_bootstraps, per_query.shape[1])), np.zeros(num_bootstraps)
     for number, drawn in enumerate(weights[:, patients]):
