@@ -65,7 +65,7 @@ ONLY_SHOWN = re.compile(r"\b(?:visuali[sz]ed|included|imaged|scanned|evaluated|a
 WORDS = re.compile(r"[a-z]{3,}")
 MOST_BARE_WORDS = 3  # beside a size, in a piece that says no more: "spleen 11 cm"
 REASON = re.compile(r"\b(?:because|due to|owing to|secondary to|as a result|by)\b.*")
-LONGEST = 20_000  # characters of a sentence that are judged
+LONGEST = 5_000  # characters of a sentence that are read; what is longer is no sentence
 
 
 class Status(Enum):

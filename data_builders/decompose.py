@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from modeling_fvlm.captions import compose_caption, is_abnormal_caption
 
-from .assertion import ONLY_SHOWN, Assertions, Status, judge_sentence
+from .assertion import LONGEST, ONLY_SHOWN, Assertions, Status, judge_sentence
 from .cases import OrganText
 from .decomposition import Decomposition, Labels
 from .lexicon import WORD, Entry, Lexicon, Part, american, fold, load_lexicon, singular, starts_with
@@ -130,7 +130,7 @@ class Analysis:
 
     def __init__(self, sentence: str, lexicon: Lexicon) -> None:
         self.lexicon = lexicon
-        self.text = lexicon.spelled(fold(" ".join(sentence.split())))
+        self.text = lexicon.spelled(fold(" ".join(sentence[:LONGEST].split())))
         self.located = lexicon.located_words(self.text)
         self.words = [word for word, _, _ in self.located]
         self.mentions = find_mentions(self.located, self.text, lexicon)
@@ -330,8 +330,6 @@ class Analysis:
 
     def exceeds_limit(self, organ: str, number: int) -> bool:
         """Whether a piece gives a size above the organ's limit; the first limit whose words it holds counts."""
-        piece = self.assertions.pieces[number]
-        self.assertions.text[piece.start : piece.end]
         sizes = self.assertions.sizes_mm(number)
         for limit in self.lexicon.limits:
             if limit.organ == organ and all(word in self.text for word in limit.words) and sizes:
@@ -585,7 +583,7 @@ class Context:
                 self.said_with.setdefault(noun, []).append(analysis.organs_near(noun, organs))
         if self.has_lines and sentence.begins_line:
             text = REGION_HEADING.sub("", text)
-        return Placed(text, organs, is_sure, analysis)
+        return Placed(text, organs, is_sure and len(text) <= LONGEST, analysis)
 
     def is_heading_line(self, sentence: Sentence) -> bool:
         """Take note of a line that is a heading: "LIVER:", "Lungs and pleura"."""
@@ -789,6 +787,8 @@ def decompose_report(
         unread = tuple(sentence.text for section in report_sentences(findings, impression) for sentence in section)
         return Decomposition(report_id, {}, uncertain_sentences=unread, notes=dict(notes))
     sentences = report_sentences(findings, impression)
+    if num_long := sum(len(sentence.text) > LONGEST for section in sentences for sentence in section):
+        notes["long_sentences"] = num_long
     of_findings, of_impression = place_sentences(sentences.findings, sentences.impression, lexicon)
     texts = {}
     for organ in organs:

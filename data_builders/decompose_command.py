@@ -62,6 +62,7 @@ NOTES = {
     "empty": "without text",
     "not_english": "not English, as far as can be told: no sentence of theirs was given to an organ",
     "html": "with HTML, which was taken out",
+    "long_sentences": "with a sentence of thousands of characters, of which the beginning was read",
     "control_characters": "with control characters, which were taken out",
 }
 

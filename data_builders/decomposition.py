@@ -26,7 +26,8 @@ class Decomposition:
         labels: finding -> present, absent or uncertain; None: not asked for.
         method: "rules", "llm" or "hybrid": who split it.
         uncertain_sentences: Those whose organ is a guess, or that state a finding of no known place.
-        notes: What was wrong with the text, and how often: html, control_characters, empty, not_english.
+        notes: What was wrong with the text, and how often: html, control_characters, empty, not_english,
+            long_sentences.
     """
 
     id: str

@@ -37,6 +37,7 @@ MISREAD = (
     ("0", "o"), ("5", "s"), ("8", "b"), ("6", "b"), ("ri", "n"), ("tl", "d"), ("c", "e"), ("nn", "m"),
 )  # fmt: skip
 MIN_MENDED = 6  # letters of the shortest word whose misprints are mended
+MAX_MENDED = 40  # and of the longest: a run of letters is no word
 PREFIXES = frozenset(
     WORD.findall(
         "peri para sub hydro pneumo hemo retro intra inter extra endo trans cardio hepato spleno costo fibro pleuro"
@@ -228,7 +229,7 @@ class Lexicon:
 
     def mend(self, word: str) -> str:
         """The word of a term that this one is a misprint of, or the word itself."""
-        if word in self.vocabulary or word in self._kept or len(word) < 4 or word.isdigit():
+        if word in self.vocabulary or word in self._kept or not 4 <= len(word) <= MAX_MENDED or word.isdigit():
             return word
         mended = self._mended.get(word)
         if mended is None:

@@ -123,6 +123,8 @@ def test_bad_reports_are_counted(tmp_path, capsys):
         ("turkish", turkish, ""),
         ("spanish", spanish, ""),
         ("long", "The liver is normal. The aorta is dilated " * 25_000, ""),
+        ("no_stop", "The liver is normal, " + "no lesion of the spleen and " * 40_000, ""),
+        ("no_blank", "a" * 1_000_000, ""),
         ("marks", "?!.,;:()[]{}<>*-_=+" * 50, "1. 2. 3."),
         ("one_word", "Cholelithiasis", ""),
     ]
@@ -137,6 +139,8 @@ def test_bad_reports_are_counted(tmp_path, capsys):
     assert notes["turkish"] == notes["spanish"] == {"not_english"} and not entries["turkish"]["organs"]
     assert len(entries["turkish"]["uncertain"]) == 4  # a language model may read them
     assert set(entries["long"]["organs"]) == {"liver", "aorta"}
+    assert notes["no_stop"] == notes["no_blank"] == {"long_sentences"}
+    assert set(entries["no_stop"]["organs"]) == {"liver", "spleen"} and entries["no_stop"]["uncertain"]
     assert not entries["marks"]["organs"]
     assert entries["one_word"]["organs"]["gallbladder"]["abnormal"]
     told = " ".join(capsys.readouterr().out.split())
