@@ -416,7 +416,7 @@ def embed_texts(
     """`(texts, dim)` float32 of unit length, and how many texts were longer than `max_length` tokens and cut.
 
     Raises:
-        EvaluationError: If an embedding is not finite; quotes the text.
+        EvaluationError: If an embedding is not finite; says which text, but does not quote what may be a report.
     """
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))  # texts of one batch are of like length
     embeds = np.zeros((len(texts), model.config.projection_dim), np.float32)
@@ -443,8 +443,8 @@ def embed_texts(
     broken = np.flatnonzero(~np.isfinite(embeds).all(axis=1))
     if len(broken):
         raise EvaluationError(
-            f"the embedding of the text {texts[broken[0]]!r} is not finite. The weights may be those of a run that "
-            "diverged; otherwise compute in float32."
+            f"the embedding of the text {broken[0] + 1} of {len(texts)} is not finite ({len(broken)} are not). The "
+            "weights may be those of a run that diverged; otherwise compute in float32."
         )
     return embeds, num_cut
 
