@@ -22,6 +22,7 @@ from .lexicon import Lexicon, fold
 
 LOOSE = re.compile(
     r",\s+(?:(?:and|or|with|as well as)\s+)?|\s(?:and|as well as|plus|&|and/or)\s+|\s(?:with|along with)\s"
+    r"|\s(?=without\s)"
 )
 # "consistent with", "compared with": no new statement.
 BOUND_WITH = re.compile(
@@ -29,6 +30,7 @@ BOUND_WITH = re.compile(
     r"|correlat\w*|in line|agreement|concordant|relation|surrounded|covered|patient|seen|contiguous"
     r"|continuous|neighborhood)$"
 )
+BARE_VERB = re.compile(r"\b(?:is|are|was|were|remains?)$")
 RELATIVE = re.compile(r"\b(?:that|which|who|whose|where)\s(?:\w+\s)?$")
 # A piece that begins so is a statement of its own behind a denied one: "no effusion, mild atelectasis".
 ANEW = re.compile(
@@ -37,6 +39,8 @@ ANEW = re.compile(
     r"|status|post|s/p|known|both|bilateral|left|right|possible|probable|likely|increased|decreased|old|healed|subtle|one|two"
     r"|three|prior|prominent|previous|otherwise|normal|\d)\b"
 )
+# So does what is said of a subject named before: "the lungs, which show no nodule, are hyperinflated".
+ANEW_OF_SUBJECT = re.compile(r"(?:which |that )?(?:is|are|was|were|has|have|shows?|contains?|demonstrates?|appears?)\b")
 STATE_AT_END = re.compile(
     r"(?:enlarged|dilated|thickened|atrophic|fatty|tortuous|distended|contracted|prominent|calcified|ectatic|displaced"
     r"|collapsed|heterogeneous|increased|decreased|small)\W*$"
@@ -64,6 +68,11 @@ MEASURE = re.compile(
 ONLY_SHOWN = re.compile(r"\b(?:visuali[sz]ed|included|imaged|scanned|evaluated|assessed|examined|stable|unchanged)\b")
 WORDS = re.compile(r"[a-z]{3,}")
 MOST_BARE_WORDS = 3  # beside a size, in a piece that says no more: "spleen 11 cm"
+# Doubt about what comes behind it alone: the opacities of "opacities, suspicious for pneumonia" are there.
+DOUBTS_WHAT_FOLLOWS = re.compile(
+    r"(?:possibly|perhaps|maybe|may|might|could|can be|possible|suspicious|suspicion|concern|concerning|worrisome)"
+    r" (?!in\b|be (?:present|seen|there)\b)\w"
+)
 REASON = re.compile(r"\b(?:because|due to|owing to|secondary to|as a result|by)\b.*")
 LONGEST = 5_000  # characters of a sentence that are read; what is longer is no sentence
 
@@ -135,6 +144,8 @@ class Assertions:
             start, end = match.span()
             if match[0].strip() == "with" and BOUND_WITH.search(self.work[max(0, start - 20) : start]):
                 continue
+            if match[0].isspace() and BARE_VERB.search(self.work[max(0, start - 10) : start]):
+                continue  # "are without injury" is one statement
             cuts.append((start, end, False))
         cuts.sort()
         pieces, begin = [], 0
@@ -219,6 +230,12 @@ class Assertions:
         if ANEW.match(text) or (has_verb and self.has_verb(piece.start, piece.end)):
             return True
         if self.patterns["normal"].match(text):
+            return True
+        if not self.patterns["seen"].search(text) and (
+            ANEW_OF_SUBJECT.match(text)
+            or self.has_verb(piece.start, piece.end)
+            and self.work[: piece.start].endswith(", ")  # and no "or"
+        ):
             return True
         place = self.first_place(piece)
         if place is None:
@@ -308,7 +325,7 @@ class Assertions:
             place = self.first_place(following)
             says = following.predicate if following.status is not Status.NONE else None
             is_list = following.status is Status.NONE and statuses[number + 1] is not Status.NONE
-            relative = re.match(r"(?:which|that|who)\b", self.text[following.start : following.end])
+            relative = re.match(r"(?:which|that|who|without)\b", self.text[following.start : following.end])
             if is_list or relative or (says is not None and place is not None and place < says):
                 statuses[number] = statuses[number + 1]
         for number, piece in enumerate(self.pieces[:-1]):  # "liver, spleen, pancreas: normal"
@@ -344,7 +361,8 @@ class Assertions:
             high += 1
         limit = self.pieces[high].end
         limit += self.text[limit : limit + 2].count("?")  # a mark behind the last word
-        return bool(self.patterns["uncertain"].search(self.text, self.pieces[low].start, limit + 1))
+        cues = self.patterns["uncertain"].finditer(self.text, self.pieces[low].start, limit + 1)
+        return any(cue.start() < end or not DOUBTS_WHAT_FOLLOWS.match(self.text, cue.start()) for cue in cues)
 
     def is_historical(self, start: int) -> bool:
         piece = self.pieces[self.piece_at(start)]

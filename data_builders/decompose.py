@@ -87,6 +87,9 @@ RELATION = re.compile(
     r"|protrud|obstruct|surround|exert|caus)"
 )
 NOT_INVADED = re.compile(r"\b(?:without|no) (?:\w+ ){0,3}(?:inva|infiltrat|involv)")
+SPARED = re.compile(
+    r"\bnot (?:\w+ly )?(?:inva|infiltrat|involv|contact|abut|encas|compress|reach|cross|touch|extend|affect)"
+)
 RESETTING = re.compile(
     r"\b(?:other|others|misc|miscellaneous|additional|incidental|note|comment|addendum|findings?|impression|extra\w+)\b"
 )
@@ -308,6 +311,8 @@ class Analysis:
 
     def is_abnormal(self, organ: str) -> bool:
         """Whether a clause about the organ states a finding (step 5)."""
+        if self.is_spared(organ):
+            return False
         numbers = self.pieces_about(organ)
         statuses = [self.assertions.statuses[number] for number in numbers]
         if Status.FINDING in statuses:
@@ -322,6 +327,17 @@ class Analysis:
             if status not in (Status.NONE, Status.STATEMENT):
                 return status is Status.FINDING
         return self.states_something
+
+    def is_spared(self, organ: str) -> bool:
+        """Whether it is named only as what something does not reach: "the mass does not invade the aorta"."""
+        named = [mention for mention in self.mentions if organ in mention.organs and mention.kind == "named"]
+        return bool(named) and all(
+            any(
+                low <= mention.start and mention.end <= high and SPARED.search(self.text, low, mention.start)
+                for low, high in self.assertions.denied
+            )
+            for mention in named
+        )
 
     @cached_property
     def states_something(self) -> bool:
@@ -573,8 +589,8 @@ class Context:
             elif not named.words or RESETTING.search(named.text):
                 self.heading = None
         organs, is_sure = (own, True) if own else self.organs_of(analysis)
-        if organs or not analysis.is_general:
-            self.last = organs
+        if not (self.last and analysis.words[:1] == ["it"]) and (organs or not analysis.is_general):
+            self.last = organs  # "It invades the liver. It measures 5 cm.": of what the first "it" was
         named = [mention.organs for mention in analysis.mentions if mention.organs and mention.kind != "weak"]
         if named:
             self.named_first, self.named_last = named[0], named[-1]

@@ -62,6 +62,24 @@ The trachea is in the midline. | trachea-
 The kidneys enhance symmetrically. | kidney-
 The gastric fundus lies above the diaphragm. | stomach+
 Heart size is stable. | heart-
+Cirrhosis without splenomegaly. | liver+ spleen-
+Pleural effusion without cardiomegaly. | lung+ heart-
+Liver, pancreas and kidneys without injury. | liver- pancreas- kidney-
+The stomach and the colon are without injury. | stomach- colon-
+No stones are seen in the gallbladder, which is distended. | gallbladder+
+No gallstones, gallbladder wall is thickened. | gallbladder+
+No gallstones or biliary sludge is seen. | gallbladder-
+The lungs, which show no nodules, are hyperinflated. | lung+
+The mass does not invade the aorta. | aorta-
+The aneurysm of the aorta does not compress the esophagus. | aorta+ esophagus-
+No follow-up needed for the lung nodule. | lung+
+No treatment required for the hepatic hemangioma. | liver+
+Liver: nil significant. | liver-
+No liver lesion save a simple cyst. | liver+
+Pneumothorax has not recurred. | lung-
+The lungs fail to show any nodule. | lung-
+Resolved pneumonia. | lung-
+Resolving pneumonia. | lung+
 """
 
 
@@ -105,6 +123,11 @@ def test_a_sentence_as_a_whole():
         ("Possible pneumonia; stones in the kidney.", "stones", False, False, False),
         ("History of pneumonia.", "pneumonia", False, False, True),
         ("Pneumonia cannot be excluded.", "pneumonia", False, True, False),
+        ("Opacities, suspicious for pneumonia.", "opacities", False, False, False),
+        ("Opacities, suspicious for pneumonia.", "pneumonia", False, True, False),
+        ("Opacities which may represent infection.", "opacities", False, False, False),
+        ("Pneumonia may be present.", "pneumonia", False, True, False),
+        ("Pneumonia is possible.", "pneumonia", False, True, False),
     ],
 )
 def test_how_a_word_is_spoken_of(sentence, word, denied, uncertain, historical):

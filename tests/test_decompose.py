@@ -121,6 +121,11 @@ def test_organs_of_a_sentence(sentence, expected):
     assert organs_of_sentences([sentence], LEXICON)[0] & set(BODY_24) == expected
 
 
+def test_it_stays_what_it_was():
+    sentences = ["The left lung contains a mass.", "It does not invade the trachea.", "It measures 5 cm."]
+    assert organs_of_sentences(sentences, LEXICON) == [{"lung"}, {"lung", "trachea"}, {"lung"}]
+
+
 def test_a_sentence_may_speak_of_the_one_before():
     sentences = ["A cyst is seen in the left kidney.", "It measures 3 cm.", "Contrast was given.", "It was tolerated."]
     assert [set(organs) for organs in organs_of_sentences(sentences, LEXICON)] == [{"kidney"}, {"kidney"}, set(), set()]

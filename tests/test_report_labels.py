@@ -51,6 +51,8 @@ def test_every_finding_is_stated_denied_and_suspected_by_its_first_term(finding)
         ("No enlarged lymph node is seen in the mediastinum.", {"Lymphadenopathy": "absent"}),
         ("The pleural effusion has resolved.", {"Pleural effusion": "absent"}),
         ("No change in the pleural effusion.", {"Pleural effusion": "present"}),
+        ("Mild cardiomegaly, possible pericardial effusion.",
+         {"Cardiomegaly": "present", "Pericardial effusion": "uncertain"}),
         ("Consolidation, aspiration?", {"Consolidation": "uncertain"}),
         ("History of emphysema.", {}),
         ("No effusion. Small pleural effusion on the left.", {"Pleural effusion": "present"}),
