@@ -232,6 +232,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.num_cases is not None and args.num_cases < 1:
         raise EvaluationError(f"--num_cases {args.num_cases} must be at least 1.")
+    if args.seed < 0:  # told now, not by the bootstrap at the end
+        raise EvaluationError(f"--seed {args.seed} must be 0 or more.")
     cases = read_cases(args.cases)
     model, processor = load_model(args.model, args.device)
     config = model.config

@@ -91,7 +91,12 @@ def _with_template(item: Mapping, template: Sequence[str], place: int) -> dict:
 
 def _with_prompts(item: Mapping, template: Sequence[str], place: int) -> dict:
     """A finding with prompts of its own; the template is not used."""
-    prompts = {side: [item[side]] if isinstance(item[side], str) else list(item[side]) for side in SIDES}
+    prompts = {side: list(item[side]) if isinstance(item[side], (list, tuple)) else [item[side]] for side in SIDES}
+    if wrong := [text for texts in prompts.values() for text in texts if not isinstance(text, str) or not text.strip()]:
+        raise ValueError(
+            f"findings[{place}] ({item['finding']}): {wrong[0]!r} is no sentence. In YAML put prompts in quotes: "
+            "a bare No is read as false."
+        )
     counts = {side: len(texts) for side, texts in prompts.items()}
     length = max(counts.values())
     if not length or not set(counts.values()) <= {1, length}:

@@ -63,6 +63,8 @@ def test_a_template_of_ones_own():
         (3, "non-empty list"),
         ([3], r"findings\[0\] is 3"),
         ([" . "], r"findings\[0\] is an empty name"),
+        ([{"finding": "a", "organ": "lung", "positive": ["A."], "negative": [False]}], r"\(a\): False is no sentence"),
+        ([{"finding": "a", "organ": "lung", "positive": None, "negative": "No."}], r"\(a\): None is no sentence"),
         ({"lungs": ["a"]}, r"findings\[0\] \(a\): organ 'lungs' is not in config.organs .*nearest: 'lung'"),
         ([{"finding": "a"}], r"findings\[0\] lacks \['organ'\]"),
         ([{"finding": "a", "organ": "lung", "negative": "b"}], r"findings\[0\] lacks \['positive'\]"),

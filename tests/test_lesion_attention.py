@@ -203,6 +203,8 @@ def test_what_cannot_be_read_is_told(saved, tmp_path):
     with pytest.raises(EvaluationError, match="patient_id.*are missing"):
         measure(saved, tmp_path / "bare.csv", tmp_path / "out")
     cases = write_cases(tmp_path, LESIONS[:1])
+    with pytest.raises(EvaluationError, match="--seed -1 must be 0 or more"):
+        measure(saved, cases, tmp_path / "out", "--seed", "-1")
     moved = tiny_scan.AFFINE.copy()
     moved[2, 3] += 12
     lesion = nibabel.load(tmp_path / "Nodule.nii.gz")
