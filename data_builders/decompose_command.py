@@ -242,6 +242,7 @@ class Tally:
     reports: int = 0
     sentences: int = 0
     uncertain: int = 0
+    without_organ: int = 0
     notes: Counter = None  # type: ignore[assignment]
     spoken: Counter = None  # type: ignore[assignment]
     abnormal: Counter = None  # type: ignore[assignment]
@@ -252,6 +253,7 @@ class Tally:
     def add(self, decomposition: Decomposition) -> None:
         self.reports += 1
         self.uncertain += bool(decomposition.uncertain_sentences)
+        self.without_organ += not decomposition.organs
         # Why the model did not do it is told by the model's own tally.
         self.notes.update(note for note in decomposition.notes if not note.startswith(NOT_BY_MODEL))
         for organ, text in decomposition.organs.items():
@@ -264,6 +266,8 @@ class Tally:
             f"{counted(self.reports, 'report')} in {seconds:.1f} s: {self.sentences:,} sentences for "
             f"{len(organs)} organs; {counted(self.uncertain, 'report')} with a sentence whose place is a guess"
         )
+        if self.without_organ:
+            yield f"  {counted(self.without_organ, 'report')} of which no sentence went to an organ"
         for note, number in sorted(self.notes.items()):
             yield f"  {counted(number, 'report')} {NOTES.get(note, note)}"
         if self.reports:

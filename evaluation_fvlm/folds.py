@@ -33,7 +33,9 @@ def patient_folds(is_positive: np.ndarray, num_folds: int, seed: int) -> np.ndar
     sizes = np.zeros(num_folds, int)
     positives = np.zeros((num_folds, num_findings), int)
     order = np.random.default_rng(seed).permutation(num_patients)
-    rarest_first = np.argsort(is_positive.sum(axis=0), kind="stable")
+    # Of equally rare ones whichever: by its patients, so that the order of the columns makes no difference.
+    counts = is_positive.sum(axis=0)
+    rarest_first = sorted(range(num_findings), key=lambda finding: (counts[finding], is_positive[:, finding].tobytes()))
     for finding in [*rarest_first, None]:
         for patient in order:
             if fold[patient] >= 0 or (finding is not None and not is_positive[patient, finding]):

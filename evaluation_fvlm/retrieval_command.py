@@ -100,7 +100,10 @@ def _examples(stored: StoredEmbeddings, count: int) -> list[dict]:
     if stored.embeddings.volume_embeds is None:
         raise EvaluationError("--examples: whole volumes were not embedded.")
     if not stored.info["texts_are_kept"]:
-        raise EvaluationError("--examples: the texts were not kept, only their embeddings.")
+        raise EvaluationError(
+            "--examples: the texts were not kept, only their embeddings. Save them again with `eval_fvlm.py "
+            "--save_embeddings --show_text`."
+        )
     has_report = np.flatnonzero((stored.texts.report_index >= 0) & stored.embeddings.volume_embeds.any(axis=1))
     places = np.unique(np.linspace(0, len(has_report) - 1, min(count, len(has_report))).round().astype(int))
     return nearest_texts(stored.embeddings, stored.texts, has_report[places].tolist())

@@ -337,6 +337,8 @@ def save_for_hub(model, processor, folder: str | Path, state_dict: Mapping[str, 
         # DeepSpeed takes no parameter without an axis.
         state_dict = {**state_dict, "temperature.value": state_dict["temperature.value"].reshape(())}
     model.save_pretrained(folder, state_dict=state_dict)
+    for weights in folder.glob("model*.safetensors"):  # safetensors lets nobody but the owner read what it writes
+        weights.chmod((folder / "config.json").stat().st_mode)
     if processor is not None:
         processor.save_pretrained(folder)
     custom_object_save(FVLMZeroShotPipeline, folder)

@@ -149,6 +149,7 @@ def test_bad_reports_are_counted(tmp_path, capsys):
         "2 reports not English",
         "1 report with HTML",
         "1 report with control characters",
+        "6 reports of which no sentence went to an organ",
     ):
         assert line in told
 

@@ -25,6 +25,14 @@ def test_rare_findings_are_in_every_fold(seed):
     assert not np.array_equal(folds, patient_folds(is_positive, 5, seed + 1))
 
 
+def test_the_order_of_the_findings_makes_no_difference():
+    is_positive = np.random.default_rng(3).random((60, 6)) < 0.2
+    is_positive[:, 4:] = np.roll(is_positive[:, :2], 7, axis=0)  # as rare as two others
+    folds = patient_folds(is_positive, 5, 0)
+    for order in ([5, 4, 3, 2, 1, 0], [2, 5, 0, 4, 1, 3]):
+        assert np.array_equal(folds, patient_folds(is_positive[:, order], 5, 0))
+
+
 def test_a_rare_finding_of_those_who_have_a_frequent_one_is_dealt_first():
     is_positive = np.zeros((100, 2), bool)
     is_positive[:50, 0] = is_positive[:5, 1] = True

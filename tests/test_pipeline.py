@@ -193,6 +193,8 @@ def test_a_folder_for_the_hub_loads_in_a_fresh_process(model, processor, pipe, p
     """From another directory, nothing of ours imported: model, processor and pipeline by trust_remote_code alone."""
     folder = tmp_path / "tiny-fvlm"
     save_for_hub(model, processor, folder)
+    modes = {path.name: oct(path.stat().st_mode) for path in (folder / "config.json", folder / "model.safetensors")}
+    assert len(set(modes.values())) == 1, f"who may read the config may read the weights: {modes}"
     (tmp_path / "elsewhere").mkdir()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment.update(HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(tmp_path / "modules"), OMP_NUM_THREADS="1")
