@@ -309,11 +309,23 @@ class Analysis:
                 owners.append(earlier[-1] if earlier else later[0] if later else None)
         return owners
 
-    def is_abnormal(self, organ: str) -> bool:
-        """Whether a clause about the organ states a finding (step 5)."""
+    def pieces_of_side(self, numbers: Sequence[int], side: str) -> list[int]:
+        """Those of the pieces that speak of a side: a piece that names none goes on with the last one named."""
+        named: frozenset[str] = frozenset()
+        kept = []
+        for number in numbers:
+            named = self.piece_sides[number] or named
+            if not named or side in named or "both" in named:
+                kept.append(number)
+        return kept or list(numbers)
+
+    def is_abnormal(self, organ: str, side: str = "") -> bool:
+        """Whether a clause about the organ, or about its part on one side, states a finding (step 5)."""
         if self.is_spared(organ):
             return False
         numbers = self.pieces_about(organ)
+        if side:
+            numbers = self.pieces_of_side(numbers, side)
         statuses = [self.assertions.statuses[number] for number in numbers]
         if Status.FINDING in statuses:
             return True
@@ -818,7 +830,7 @@ def decompose_report(
             ]
             said.append(tuple(placed.text for placed, _ in spoken))
             is_abnormal = is_abnormal or any(
-                placed.analysis.is_abnormal(part.organ) for placed, about in spoken for part in about
+                placed.analysis.is_abnormal(part.organ, part.side) for placed, about in spoken for part in about
             )
         if any(said):
             texts[organ] = OrganText(said[0], said[1], is_abnormal)

@@ -136,6 +136,8 @@ def as_text(value: object, path: Path, name: str, key: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ValueError(f"{path.name}, {name}: {key!r} is no text, but a {type(value).__name__}.")
+    # Half a character, as "\\ud800" in JSON may leave, can be written into no file.
+    value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return "" if value.strip().lower() in NOT_GIVEN else value
 
 

@@ -11,7 +11,8 @@ chosen, whose sentences then stand out. What a split says but the report does no
 import argparse
 import colorsys
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,12 +143,22 @@ def page_colors(organs: Sequence[str]) -> list[str]:
     return colors
 
 
-def spans_of(sentence: str, text: str) -> list[tuple[int, int]]:
-    """Every place of a sentence in a text, whatever the white space."""
+def place_of_sentence(sentence: str, text: str, start: int, used: Container[tuple[int, int]]) -> tuple[int, int] | None:
+    """A place of a sentence in a text that is not used, whatever the white space: from `start` on, else from the front.
+
+    Sentences mostly come in the text's order, so each is found where the one before ended.
+    """
     words = sentence.split()
     if not words:
-        return []
-    return [match.span() for match in re.finditer(r"\s+".join(map(re.escape, words)), text)]
+        return None
+    pattern = re.compile(r"\s+".join(map(re.escape, words)))
+    for first in dict.fromkeys((start, 0)):
+        match = pattern.search(text, first)
+        while match and match.span() in used:
+            match = pattern.search(text, match.end())
+        if match:
+            return match.span()
+    return None
 
 
 def pieces_of(entry: Mapping, section: str, organs: Sequence[str]) -> Section:
@@ -157,22 +168,31 @@ def pieces_of(entry: Mapping, section: str, organs: Sequence[str]) -> Section:
     invented = []
     for organ in organs:
         used: set[tuple[int, int]] = set()
+        start = 0
         for sentence in sentences_of(entry, section, organ):
-            spans = [span for span in spans_of(sentence, text) if span not in used]
-            if spans:
-                used.add(spans[0])
-                marked.append((*spans[0], organ))
+            if span := place_of_sentence(sentence, text, start, used):
+                used.add(span)
+                marked.append((*span, organ))
+                start = span[1]
             elif sentence.strip():
                 invented.append((organ, sentence))
+    start = 0
     for sentence in entry.get("uncertain", ()):
-        marked += [(*span, None) for span in spans_of(sentence, text)[:1]] if isinstance(sentence, str) else []
+        if isinstance(sentence, str) and (span := place_of_sentence(sentence, text, start, ())):
+            marked.append((*span, None))
+            start = span[1]
     ends = {stop for _, stop, _ in marked}
     edges = sorted({0, len(text), *(start for start, _, _ in marked), *ends})
+    changes: dict[int, Counter] = {edge: Counter() for edge in edges}
+    for first, last, organ in marked:
+        changes[first][organ] += 1
+        changes[last][organ] -= 1
     pieces = []
+    open_now: Counter = Counter()  # organ -> its sentences that hold this place
     for start, stop in zip(edges, edges[1:]):
-        named = {organ for first, last, organ in marked if first <= start and stop <= last}
-        kept = tuple(organ for organ in organs if organ in named)
-        pieces.append(Piece(text[start:stop], kept, None in named, bool(kept) and stop in ends))
+        open_now.update(changes[start])
+        kept = tuple(organ for organ in organs if open_now[organ] > 0)
+        pieces.append(Piece(text[start:stop], kept, open_now[None] > 0, bool(kept) and stop in ends))
     return Section(section.capitalize(), pieces, invented)
 
 

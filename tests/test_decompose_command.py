@@ -189,6 +189,15 @@ def test_what_cannot_be_read(tmp_path, capsys, name, content, arguments, match):
     )
 
 
+@pytest.mark.parametrize("form", ["json", "csv", "published"])
+def test_half_a_character_is_written_as_a_mark(tmp_path, form):
+    path = tmp_path / "reports.json"
+    path.write_text('[{"id": "a", "findings": "The liver \\ud800 is enlarged."}]', encoding="utf-8")
+    run("--reports", path, "--organs", "chest_4", "--out", tmp_path / "out", "--format", form)
+    run("--reports", path, "--organs", "body_24", "--out", tmp_path / "split.json")
+    assert read(tmp_path / "split.json")["a"]["organs"]["liver"]["findings"] == ["The liver \ufffd is enlarged."]
+
+
 def test_text_of_any_kind_is_split_without_a_crash():
     """Characters and pieces of reports put together at random."""
     chosen = random.Random(1)

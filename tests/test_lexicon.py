@@ -67,6 +67,21 @@ def test_a_set_of_classes(sentence, expected):
     assert set(decompose(sentence, "", classes, LEXICON)) == expected
 
 
+@pytest.mark.parametrize(
+    ("sentence", "left", "right"),
+    [
+        ("Left renal cyst, right kidney normal.", True, False),
+        ("Right hydronephrosis; the left kidney is normal.", False, True),
+        ("Both kidneys contain stones.", True, True),
+        ("Left kidney is normal, and the right kidney is atrophic.", False, True),
+        ("The kidneys are normal.", False, False),
+    ],
+)
+def test_a_finding_is_of_its_side(sentence, left, right):
+    texts = decompose(sentence, "", ("kidney_left", "kidney_right"), LEXICON)
+    assert (texts["kidney_left"].is_abnormal, texts["kidney_right"].is_abnormal) == (left, right)
+
+
 def test_an_organ_of_the_users_own_is_known_by_its_classes():
     organ_set = OrganSet(
         "mine",

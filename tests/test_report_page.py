@@ -67,17 +67,25 @@ def test_overlapping_and_repeated_sentences():
     found = pieces_of(entry, "findings", ("lung", "heart"))
     seen = [(piece.text, piece.organs, piece.is_uncertain, piece.is_end) for piece in found.pieces]
     assert seen == [
-        ("Normal.", ("lung", "heart"), False, True),
+        ("Normal.", ("heart",), False, True),
         (" ", (), False, False),
         ("Heart normal;\n ", ("heart",), True, False),
         ("lungs  clear.", ("lung", "heart"), True, True),
         (" ", (), False, False),
-        ("Normal.", ("heart",), False, True),
+        ("Normal.", ("lung", "heart"), False, True),  # the sentences of an organ come in the order of the text
     ]
     assert found.invented == [("heart", "Gone.")]
     page = report_page("x", [entry], ("lung", "heart"))
     assert "Not in this section" in page and "Gone." in page and "said h1 uncertain o1" in page
     assert "dashed line" in page
+
+
+def test_a_report_of_a_megabyte():
+    sentences = [f"Nodule {number} of the lung." for number in range(30_000)]
+    entry = {"id": "a", "findings": " ".join(sentences), "organs": {"lung": {"findings": sentences}}}
+    entry["uncertain"] = sentences[::2]
+    found = pieces_of(entry, "findings", ("lung", "heart"))
+    assert [piece.text for piece in found.pieces if piece.organs == ("lung",)] == sentences and not found.invented
 
 
 def test_whose_a_sentence_is_stands_behind_it(page, gold):
