@@ -143,6 +143,8 @@ def train(settings: Settings, signals: StopSignals | None = None) -> int:
     check_sharding(data, args)
     if args.process_index == 0:
         logger.warning("%s", describe_launch(args))
+        if args.resume_from_checkpoint:
+            logger.warning("the run goes on from %s", args.resume_from_checkpoint)
     if args.push_to_hub:
         prepare_repository(args)
     set_seed(args.seed)

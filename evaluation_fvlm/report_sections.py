@@ -379,7 +379,10 @@ def retrieval_section(retrieval: Mapping | None, shows_text: bool) -> Section:
                 )  # fmt: skip
         if rows:
             heads = ("what", "direction", "candidates", *columns, "median rank", "MRR")
-            tables.append(Table(f"Pool: {pool}", heads, rows, "After the slash: the same by chance.", is_sortable=True))
+            note = "After the slash: the same by chance."
+            if pool == "whole":
+                note += " Many scans share a normal sentence: ranks say more in the pool of different texts."
+            tables.append(Table(f"Pool: {pool}", heads, rows, note, is_sortable=True))
     pictured = retrieval.get("examples") or ()
     if shows_text and pictured:
         rows = [

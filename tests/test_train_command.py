@@ -156,12 +156,13 @@ def test_the_folder_loads_in_a_fresh_process_without_our_code(work, tmp_path):
     assert float(total) == pytest.approx(float(here.detach().sum()), abs=1e-4)
 
 
-def test_a_stopped_run_continues_to_the_same_weights(work, capsys):
+def test_a_stopped_run_continues_to_the_same_weights(work, capsys, caplog):
     command = ["--recipe", str(work / "tiny.yaml"), "--data", str(work / "split"), "--model.projection_dim", "12"]
     assert train_fvlm.main([*command, "--output_dir", str(work / "run")]) == 2
     assert "holds checkpoint-6 of an earlier run" in capsys.readouterr().err
     resume = ["--output_dir", str(work / "again"), "--resume_from_checkpoint", str(work / "run" / "checkpoint-3")]
     assert train_fvlm.main([*command, *resume]) == 0
+    assert f"goes on from {work / 'run' / 'checkpoint-3'}" in caplog.text
     whole, again = (load_file(work / name / "model.safetensors") for name in ("run", "again"))
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
     other = [*command[:-1], "16", *resume[2:], "--output_dir", str(work / "other")]
