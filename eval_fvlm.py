@@ -61,6 +61,7 @@ from evaluation_fvlm.embedding_files import StoredEmbeddings, save_embeddings
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.examples import collect_examples
 from evaluation_fvlm.html_report import write_report
+from evaluation_fvlm.loading import load_model
 from evaluation_fvlm.model_index import write_model_index
 from evaluation_fvlm.prompts import default_cache
 from evaluation_fvlm.protocols import Protocol
@@ -84,8 +85,7 @@ from evaluation_fvlm.windows import WindowRule
 from evaluation_fvlm.zero_shot import ZeroShotScores, evaluate_split
 from modeling_fvlm.configuration_fvlm import ATTENTIONS
 from modeling_fvlm.gemm import BACKENDS, BLAS, gemm_backend, pick_gemm_backend
-from modeling_fvlm.modeling_fvlm import load_whole_model, set_attention
-from modeling_fvlm.processing_fvlm import FVLMProcessor
+from modeling_fvlm.modeling_fvlm import set_attention
 
 # What a protocol sets where the command line does not; None: no default (tasks), the model's size (window_size).
 PROTOCOLS = {
@@ -340,30 +340,6 @@ class ModelRun:
     metrics: dict  # the content of metrics.json
     parts: dict[str, dict]  # retrieval, diagnostics
     paths: list[Path]  # files written
-
-
-def load_model(path: str, revision: str | None, device: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A saved model in evaluation mode on its device, and its processor.
-
-    Weights are float32 however they were saved, else a bfloat16 checkpoint would be scored in bfloat16 under the name
-    of float32; `--dtype` casts from there.
-
-    Raises:
-        EvaluationError: If there is no model, or its weights are not those of its config: what is missing would be
-            filled with random numbers.
-    """
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise EvaluationError(
-            f"{path} holds no config.json: it is no saved model. Give the folder that training wrote."
-        )
-    try:
-        model = load_whole_model(path, revision=revision or "main")
-        processor = FVLMProcessor.from_pretrained(path, revision=revision or "main")
-    except OSError as error:
-        raise EvaluationError(f"--model {path} cannot be loaded: {error}") from error
-    except ValueError as error:
-        raise EvaluationError(f"--model {path}: {error}") from error
-    return model.eval().to(device), processor
 
 
 def set_checked_attention(model: PreTrainedModel, name: str, dtype: str) -> None:

@@ -177,13 +177,15 @@ def peak_of_step(size: str, contrast: int, micro: int | None, threads: int | Non
         torch.set_num_threads(threads)
     model = model_of(size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    first = read(size, 0, min(contrast, micro or contrast))
     if micro is None:
-        inputs = read(size, 0, contrast)
+        inputs = first
         run: Callable[[], None] = partial(one_graph, model, inputs)
     else:
         run = CachedStep(size, model, contrast, micro, is_held=size == "full").gradients
     # Warm: a small step would otherwise pay for what the first step of a process takes, a large one would not.
-    one_graph(model, read(size, 0, min(contrast, micro or contrast)))
+    one_graph(model, first)
+    del first
     model.zero_grad(set_to_none=True)
     cpu, wall = time.process_time(), time.perf_counter()
     run()

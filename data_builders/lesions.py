@@ -33,7 +33,7 @@ from modeling_fvlm.reading import read_nifti_mask
 
 from .phantom import lesion_mask, load_findings, paint, render, without
 from .shards import write_text
-from .synthetic import SPLITS, draw_job, draw_placement, draw_spacing, nifti_bytes, place_of
+from .synthetic import SPACING, SPLITS, draw_job, draw_placement, draw_spacing, nifti_bytes, place_of
 
 COLUMNS = ("patient_id", "finding", "organ", "voxels", "volume", "mask", "lesion")
 TWIN_COLUMNS = ("twin_volume", "twin_mask")
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs=3,
         metavar=("DEPTH", "HEIGHT", "WIDTH"),
-        default=(20.0, 4.0, 4.0),
+        default=SPACING,
         help="The spacing of that command, in mm (default: 20 4 4).",
     )
     group.add_argument(

@@ -35,6 +35,7 @@ from .phantom import Patient, draw_patient, load_findings, render
 from .phantom_reports import load_phrases, write_report
 
 SPLITS = {"train": "train", "validation": "valid"}  # the release uses both spellings of the second one
+SPACING = (20.0, 4.0, 4.0)  # mm; default of the release and of all that must find its scans again
 ORIENTATIONS = ("LPS", "LPS", "RAS", "LAS")  # drawn with equal chance
 GZIP_LEVEL = 1  # a higher one costs more time than the noise of a CT can repay
 REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs=3,
         metavar=("DEPTH", "HEIGHT", "WIDTH"),
-        default=(20.0, 4.0, 4.0),
+        default=SPACING,
         help="mm between voxels (default: 20 4 4); every scan departs from it by up to a tenth.",
     )
     group.add_argument("--workers", type=int, default=2, help="Processes (default: 2); no scan depends on it.")

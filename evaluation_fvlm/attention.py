@@ -24,7 +24,6 @@ diagnosis.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,13 +36,13 @@ from transformers import PreTrainedModel
 
 from evaluation_fvlm.embedding import inference
 from evaluation_fvlm.errors import EvaluationError
+from evaluation_fvlm.json_files import write_json
+from evaluation_fvlm.loading import load_model
 from evaluation_fvlm.windows import Window, WindowRule, organ_boxes, organ_windows
 from modeling_fvlm.geometry import BadVolumeError, Turn, crop_start, nearest_cells, organ_token_mask, turn_to_lps
 from modeling_fvlm.image_files import file_kind
-from modeling_fvlm.modeling_fvlm import load_whole_model
 from modeling_fvlm.organs import NUMBERINGS, nearest_name
 from modeling_fvlm.preparation import PreparedScan, padding_hu
-from modeling_fvlm.processing_fvlm import FVLMProcessor
 from modeling_fvlm.published_preparation import as_stored
 from modeling_fvlm.reading import Volume, read_affine, read_nifti, read_volume
 
@@ -305,18 +304,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="Default: %(default)s.")
 
 
-def load_model(path: str, device: str = "cpu") -> tuple[PreTrainedModel, FVLMProcessor]:
-    """A saved model in float32 and evaluation mode, and its processor.
-
-    Raises:
-        EvaluationError: If there is none, or its weights are not those of its config.
-    """
-    try:
-        return load_whole_model(path).eval().to(device), FVLMProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"--model {path} cannot be loaded: {error}") from error
-
-
 def read_source(path: Path, is_published: bool) -> tuple[Volume, SourceGrid]:
     """A CT file as the model's preparation reads it, and its grid."""
     if is_published:
@@ -330,7 +317,7 @@ def run(args: argparse.Namespace) -> int:
     """Maps of one scan; raises EvaluationError where the arguments cannot be met."""
     from evaluation_fvlm.overlays import overlay_png
 
-    model, processor = load_model(args.model, args.device)
+    model, processor = load_model(args.model, device=args.device)
     is_published = model.config.preprocessing == "published"
     try:
         volume, grid = read_source(args.volume, is_published)
@@ -365,7 +352,7 @@ def run(args: argparse.Namespace) -> int:
             f"heaviest with {organ_map.weights.max():.1%} of the weight"
         )
     content = {"model": args.model, "volume": str(args.volume), "mask": str(args.mask), "organs": figures}
-    (args.out / "attention.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(content, args.out / "attention.json")
     return 0
 
 

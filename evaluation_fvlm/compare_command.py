@@ -26,20 +26,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.protocols import compare_frames
-from evaluation_fvlm.published_metrics import check_can_write
 from evaluation_fvlm.score_command import (
     add_file_arguments,
     add_output_arguments,
     add_protocol_arguments,
+    checked_options,
     interval,
     make_console,
     number,
     print_protocol,
-    protocol_of,
     read_table,
-    task_of,
     with_files,
     write_json,
 )
@@ -59,11 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    protocol, task = protocol_of(args), task_of(args)
-    if (protocol.threshold == "development") != (args.development_scores is not None):
-        raise EvaluationError("--threshold development and --development_scores belong together; give both or neither.")
-    if args.json:
-        check_can_write(args.json)
+    protocol, task = checked_options(args)
     tables = [read_table(args, scores, args.labels, task) for scores in args.scores]
     development = ()
     if args.development_scores is not None:

@@ -10,7 +10,6 @@ are kept in examples.json with `with_text` alone, or of the synthetic set.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 
 from evaluation_fvlm.attention import attention_maps
 from evaluation_fvlm.chosen_cases import is_synthetic, surest_hits, worst_errors
+from evaluation_fvlm.json_files import write_json
 from evaluation_fvlm.overlays import overlay_png
 from evaluation_fvlm.windows import WindowRule
 from modeling_fvlm.processed_split import decode_volume
@@ -73,7 +73,7 @@ def collect_examples(
         if keeps_text:
             example["text"] = caption_of(row, case["organ"])
         examples.append(example)
-    (out / "examples.json").write_text(json.dumps(examples, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(examples, out / "examples.json")
     return examples
 
 

@@ -26,7 +26,6 @@ Research only, not for diagnosis.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -36,9 +35,11 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
-from evaluation_fvlm.attention import OUTSIDE, SourceGrid, attention_maps, load_model, source_grid
+from evaluation_fvlm.attention import OUTSIDE, SourceGrid, attention_maps, source_grid
 from evaluation_fvlm.bootstrap import draw_patients, figure
 from evaluation_fvlm.errors import EvaluationError
+from evaluation_fvlm.json_files import write_json
+from evaluation_fvlm.loading import load_model
 from evaluation_fvlm.overlays import overlay_png
 from modeling_fvlm.geometry import BadVolumeError, resample_mask
 from modeling_fvlm.organs import NUMBERINGS, organ_label_table
@@ -235,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
     if args.seed < 0:  # told now, not by the bootstrap at the end
         raise EvaluationError(f"--seed {args.seed} must be 0 or more.")
     cases = read_cases(args.cases)
-    model, processor = load_model(args.model, args.device)
+    model, processor = load_model(args.model, device=args.device)
     config = model.config
     if config.preprocessing == "published":
         raise EvaluationError(
@@ -277,7 +278,7 @@ def run(args: argparse.Namespace) -> int:
     frame.to_csv(args.out / "cases.csv", index=False, float_format="%.6g")
     summary = {"model": args.model, "available": len(cases), "seed": args.seed}
     summary |= summarize_cases(frame, args.most, args.seed) | {"examples": examples}
-    (args.out / "lesion_attention.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(summary, args.out / "lesion_attention.json")
     print(format_summary(summary))
     return 0
 

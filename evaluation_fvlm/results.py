@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from evaluation_fvlm.json_files import write_json
 from evaluation_fvlm.metrics import LABEL_UNKNOWN, ORGAN_ABSENT, summarize
 from evaluation_fvlm.plots import plot_auc_bars, plot_roc_curves
 from evaluation_fvlm.protocols import Protocol, compare_frames, evaluate_frame
@@ -133,13 +132,6 @@ def compare_runs(
     path = folder / COMPARISON
     write_json({"comparisons": comparisons}, path)
     return comparisons, path
-
-
-def write_json(content: dict, path: Path) -> None:
-    """Write a file at once: where it stands, it is whole."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def dropped_rows(rows: pd.DataFrame | None) -> dict[str, dict]:

@@ -196,12 +196,18 @@ def read_table(args: argparse.Namespace, scores: Path, labels: Path | None, task
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def checked_options(args: argparse.Namespace) -> tuple[Protocol, Task | None]:
+    """Protocol and task of the options, before any file of scores is read."""
     protocol, task = protocol_of(args), task_of(args)
     if (protocol.threshold == "development") != (args.development_scores is not None):
         raise EvaluationError("--threshold development and --development_scores belong together; give both or neither.")
     if args.json:
         check_can_write(args.json)
+    return protocol, task
+
+
+def run(args: argparse.Namespace) -> int:
+    protocol, task = checked_options(args)
     table = read_table(args, args.scores, args.labels, task)
     development = None
     if args.development_scores is not None:

@@ -54,19 +54,24 @@ def luminance(color: str) -> float:
     return float(np.dot((0.2126, 0.7152, 0.0722), linear))
 
 
+def browser_command(folder: Path) -> list[str]:
+    """Headless Chromium with a profile of its own in the folder; the test is skipped where there is none."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine: the page was checked by its text alone")
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    return [*command, "--disable-quic"]
+
+
 def in_browser(page: str, folder: Path, width: int, probe: str) -> str:
     """What the JavaScript expression `probe` gives once headless Chromium has loaded the page at this width.
 
     The test is skipped where there is no Chromium.
     """
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium on this machine: the page was checked by its text alone")
     script = f"<script>addEventListener('load', () => document.body.setAttribute('data-seen', {probe}))</script></body>"
     (folder / "page.html").write_text(page.replace("</body>", script), encoding="utf-8")
-    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += ["--disable-quic", f"--window-size={width},900", "--dump-dom", (folder / "page.html").as_uri()]
+    command = [*browser_command(folder), f"--window-size={width},900", "--dump-dom", (folder / "page.html").as_uri()]
     told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     return re.search(r'data-seen="([^"]*)"', told)[1]
 

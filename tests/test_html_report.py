@@ -6,12 +6,12 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from html_page import Page, browser_command
 from PIL import Image
 
 from evaluation_fvlm import html_report, report_sections
@@ -26,44 +26,9 @@ from evaluation_fvlm.protocols import Protocol, compare_frames, evaluate_frame
 from evaluation_fvlm.report_sections import Pictures, errors_section
 from evaluation_fvlm.wording import wording_spread
 
-VOID = {"meta", "img", "br", "hr", "link", "input"}
 EVIL = "<script>alert('x')</script><b>&\"'"
 SENTENCE = "A cyst of 31 mm lies in the right lobe."
 FINDINGS = {"Liver cyst": "liver", "Hepatic steatosis": "liver", "Kidney stone": "kidney", EVIL: "spleen"}
-
-
-class Page(HTMLParser):
-    """Checks nesting while it reads, and keeps what the tests ask for."""
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text: dict[str, list[str]] = {}
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        names = [name for name, _ in attributes]
-        assert len(names) == len(set(names)), f"an attribute twice in {tag}"
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))  # of SVG
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data):
-        if self.open and data.strip():
-            self.text.setdefault(self.open[-1], []).append(data.strip())
-
-    def of(self, tag: str) -> list[dict]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def score_frame(seed: int, strength: float, task: str = "own") -> pd.DataFrame:
@@ -484,15 +449,6 @@ PROBE = """
 })</script></body>"""
 
 
-def browser_command(folder):
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium on this machine: the page was checked by its text alone")
-    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    return [*command, "--disable-quic", "--hide-scrollbars"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [500, 1400])
 def test_a_browser_lays_the_page_out(page, tmp_path, width):
@@ -500,7 +456,7 @@ def test_a_browser_lays_the_page_out(page, tmp_path, width):
     # The policy would keep the probe out as it keeps out any other script.
     open_page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
     (tmp_path / "page.html").write_text(open_page.replace("</body>", PROBE), encoding="utf-8")
-    command = [*browser_command(tmp_path), f"--window-size={width},900", "--dump-dom"]
+    command = [*browser_command(tmp_path), "--hide-scrollbars", f"--window-size={width},900", "--dump-dom"]
     told = subprocess.run(
         [*command, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
     ).stdout
@@ -517,7 +473,7 @@ def test_a_browser_runs_the_page_s_script_and_no_other(page, tmp_path):
     """With the policy in force: headings became buttons, and a script that was smuggled in did nothing."""
     smuggled = "<script>document.body.setAttribute('data-smuggled', 'yes')</script></body>"
     (tmp_path / "page.html").write_text(page.replace("</body>", smuggled), encoding="utf-8")
-    command = [*browser_command(tmp_path), "--dump-dom", (tmp_path / "page.html").as_uri()]
+    command = [*browser_command(tmp_path), "--hide-scrollbars", "--dump-dom", (tmp_path / "page.html").as_uri()]
     told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     parsed = Page(told)
     assert parsed.of("button") and "data-smuggled" not in parsed.of("body")[0]
@@ -527,7 +483,7 @@ def test_a_browser_runs_the_page_s_script_and_no_other(page, tmp_path):
 def test_a_screenshot_shows_charts_and_pictures(page, tmp_path):
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
     shot = tmp_path / "page.png"
-    command = [*browser_command(tmp_path), "--window-size=1300,9700", f"--screenshot={shot}"]
+    command = [*browser_command(tmp_path), "--hide-scrollbars", "--window-size=1300,9700", f"--screenshot={shot}"]
     subprocess.run([*command, (tmp_path / "page.html").as_uri()], capture_output=True, timeout=120, check=True)
     with Image.open(shot) as picture:
         pixels = np.asarray(picture.convert("RGB"))
