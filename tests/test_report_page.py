@@ -80,6 +80,13 @@ def test_overlapping_and_repeated_sentences():
     assert "dashed line" in page
 
 
+def test_a_sentence_has_no_more_places_than_the_text():
+    entry = {"id": "a", "findings": "Normal. Clear. Normal.", "organs": {"lung": {"findings": ["Normal."] * 3}}}
+    found = pieces_of(entry, "findings", ("lung",))
+    assert [piece.text for piece in found.pieces if piece.organs] == ["Normal."] * 2
+    assert found.invented == [("lung", "Normal.")]
+
+
 def test_a_report_of_a_megabyte():
     sentences = [f"Nodule {number} of the lung." for number in range(30_000)]
     entry = {"id": "a", "findings": " ".join(sentences), "organs": {"lung": {"findings": sentences}}}
