@@ -75,6 +75,7 @@ def llm_stand_in(right_answer: Callable[[str, str], str]) -> Iterator[LLM]:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    is_under_way = False
 
     def log_message(self, *message) -> None:
         """Nothing on stderr."""
@@ -103,12 +104,18 @@ class Handler(BaseHTTPRequestHandler):
             number = llm.asked.count(report)
             llm.under_way += 1
             llm.most_under_way = max(llm.most_under_way, llm.under_way)
+        self.is_under_way = True
         try:
             with suppress(ConnectionError):
                 self.answer(body, report, number)
         finally:
-            with llm.lock:
-                llm.under_way -= 1
+            self.leave()
+
+    def leave(self) -> None:
+        """No longer under way: before the last byte is sent, since its client may ask again before this thread goes on."""
+        with self.llm.lock:
+            self.llm.under_way -= self.is_under_way
+            self.is_under_way = False
 
     def may_enter(self) -> bool:
         if self.llm.key is None or self.headers.get("Authorization") == f"Bearer {self.llm.key}":
@@ -196,6 +203,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             with llm.lock:
                 llm.answered[report] += 1
+            self.leave()
             self.wfile.write(raw)
 
     def send(self, content: dict, status: int = 200, headers: dict[str, str] | None = None) -> None:
@@ -205,6 +213,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(raw)))
         self.end_headers()
+        self.leave()
         self.wfile.write(raw)
 
 
