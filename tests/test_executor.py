@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -108,8 +109,8 @@ def test_a_cluster_that_breaks_off_stops_cleanly(release, alone, tmp_path, capsy
     from distributed.comm import CommClosedError
 
     def breaking(submit, cases, most_pending):
-        rows = in_order(submit, cases, most_pending)
-        yield from (next(rows) for _ in range(3))
+        with closing(in_order(submit, cases, most_pending)) as rows:
+            yield from (next(rows) for _ in range(3))
         raise CommClosedError("in <TCP> tcp://127.0.0.1: Stream is closed")
 
     with monkeypatch.context() as patch:
