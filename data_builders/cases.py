@@ -119,13 +119,15 @@ def source_fingerprint(cases: Sequence[Case]) -> str:
 def with_digests(cases: Sequence[Case], salt: str = "") -> tuple[list[Case], str]:
     """The cases with their digests, and one hash over the whole source: the files are looked at once for both.
 
-    A shard is kept while the digests of its cases stay the same. They stand in the manifest: with hashed ids the salt
-    goes in, or names of files could be tried out until one fits.
+    A shard is kept while the digests of its cases stay the same. All of them stand in the manifest: with hashed ids the
+    salt goes in, or ids and names of files could be tried out until one fits, and who holds the source could tell that
+    it is this one. Without a salt the hash of the source is plain, and the same for everybody who has that source.
     """
-    whole, marked = hashlib.sha256(), []
+    key = salt.encode()
+    whole, marked = hmac.new(key, digestmod=hashlib.sha256) if salt else hashlib.sha256(), []
     for case in cases:
         row = content_of(case)
-        digest = hmac.new(salt.encode(), json_line(row), hashlib.sha256).hexdigest()[:16]
+        digest = hmac.new(key, json_line(row), hashlib.sha256).hexdigest()[:16]
         marked.append(replace(case, digest=digest))
         # Not in the digest of a case: it hangs on other cases, and its row is the same.
         duplicate = [] if case.duplicate_of is None else [{"duplicate_of": case.duplicate_of}]

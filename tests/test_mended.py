@@ -25,6 +25,7 @@ from tiny_release import (
 
 from data_builders import build as build_module
 from data_builders.__main__ import main
+from data_builders.cases import source_fingerprint, with_digests
 from data_builders.progress import open_source, with_commit
 from data_builders.shards import PROGRESS_FOLDER, libraries
 
@@ -164,8 +165,14 @@ def test_a_report_of_a_case_that_was_not_built_yet(own_release, tmp_path, monkey
     assert contents(out) == contents(tmp_path / "fresh")
 
 
-def test_hashed_ids(tmp_path, capsys):
-    """The same, and what the manifest tells of a case hangs on the salt: names of files cannot be tried out."""
+def test_hashed_ids(tmp_path, capsys, monkeypatch):
+    """The same, and what the manifest tells of the cases and of the source hangs on the salt: names of files cannot be
+    tried out, and who has the source and the split's ids cannot tell that it was built from that source.
+    """
+    seen = []
+    monkeypatch.setattr(
+        build_module, "with_digests", lambda cases, *salt: seen.append(cases) or with_digests(cases, *salt)
+    )
     for seed, name in enumerate(("anna_1", "berta_2")):
         volume, mask = arrays(seed)
         save_nifti(volume, tmp_path / "ct" / f"{name}.nii.gz")
@@ -189,6 +196,14 @@ def test_hashed_ids(tmp_path, capsys):
     assert build("fresh", "salt") == build("other", "other_salt") == 0
     assert contents(tmp_path / "split") == contents(tmp_path / "fresh")
     assert len(digests("fresh")) == len(digests("other")) == 2 and not digests("fresh") & digests("other")
+    whole = json.loads((tmp_path / "other" / "manifest.json").read_text())["source_sha256"]
+    assert len(whole) == 64 and whole != source_fingerprint(seen[-1])
+    # A build from before the hash of the source was salted goes on, and builds nothing again.
+    before, manifest = times(tmp_path / "other"), tmp_path / "other" / "manifest.json"
+    finished = manifest.read_text()
+    manifest.write_text(finished.replace(whole, source_fingerprint(seen[-1])))
+    assert build("other", "other_salt") == 0
+    assert manifest.read_text() == finished and times(tmp_path / "other") == before
     cut_short(tmp_path / "ct" / "anna_1.nii.gz")
     capsys.readouterr()
     assert build("split", "salt", "--id_key", str(tmp_path / "key.csv")) == 2
