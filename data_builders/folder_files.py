@@ -191,8 +191,23 @@ def find_volume(named: str | None, name: str, archive: Archive, is_hashed: bool 
     return is_missing(name, "volume", "file, zip or folder", is_hashed)
 
 
-def find_mask(named: str | None, name: str, archive: Archive, volume: Path | None, is_hashed: bool = False) -> Found:
+def find_mask(
+    named: str | None,
+    name: str,
+    archive: Archive,
+    volume: Path | None,
+    is_hashed: bool = False,
+    has_table: bool = True,
+) -> Found:
     """The multilabel file or folder of structures that a row names, or else the one that is named after the case.
+
+    Args:
+        named: What the row names, if it does.
+        name: The id of the case.
+        archive: The masks.
+        volume: The volume of the case, which is no mask.
+        is_hashed: Whether the id stays out of what is told.
+        has_table: Whether there is a table in whose column `mask` one of several may be named.
 
     Raises:
         ValueError: If the row names a place outside the archive.
@@ -212,10 +227,10 @@ def find_mask(named: str | None, name: str, archive: Archive, volume: Path | Non
         if not found:  # (3)
             found = [path for path in inside if stem_of(path).lower() in MASK_NAMES or stem_of(path).startswith(name)]
         if found:
-            return one_of(found, "mask")
+            return one_of(found, "mask", has_table)
         # Where the volume lies in the same folder, the files beside it may be anything.
         if inside and not (volume and any(folder in volume.parents for folder in folders)):
-            return Found(None, unknown_structures(folders[0], inside))
+            return Found(None, unknown_structures(folders[0], inside, has_table))
     return is_missing(name, "mask", "file or folder", is_hashed)
 
 
@@ -250,11 +265,12 @@ def holds_dicom(folder: Path) -> bool:
         return True
 
 
-def one_of(found: Sequence[Path], what: str) -> Found:
+def one_of(found: Sequence[Path], what: str, has_table: bool = True) -> Found:
     if len(found) == 1:
         return Found(found[0])
     names = [path.name for path in found[:4]]
-    return Found(None, f"several files fit as {what}: {names}; name one in a column {what!r}")
+    mend = f"name one in a column {what!r}" if has_table else "leave one, named as the scan"
+    return Found(None, f"several files fit as {what}: {names}; {mend}")
 
 
 def named_is_missing(named: str, what: str, archive: Archive) -> Found:
@@ -271,11 +287,12 @@ def hint(name: str, known: Collection[str]) -> str:
     return nearest(name, known) if len(known) <= MOST_NAMES_TO_COMPARE else ""
 
 
-def unknown_structures(folder: Path, files: Sequence[Path]) -> str:
+def unknown_structures(folder: Path, files: Sequence[Path], has_table: bool = True) -> str:
     """Why a folder cannot be read as a mask: not one of its files has the name of a structure."""
     names = [stem_of(path) for path in files]
     near = next((text for text in (nearest(name, STRUCTURE_NAMES) for name in names) if text), "")
+    other = ", or name a multilabel file in a column 'mask'" if has_table else ""
     return (
         f"mask folder {folder.name} holds no structure under its name of TotalSegmentator, but {names[:4]}{near}; "
-        "rename the files, or name a multilabel file in a column 'mask'"
+        f"rename the files{other}"
     )

@@ -320,6 +320,7 @@ def find_cases(
     label_map: LabelMap,
     affine: tuple[tuple[float, ...], ...],
     numbering: str = "totalsegmentator_v2",
+    is_hashed: bool = False,
 ) -> list[Case]:
     """The scans of the release.
 
@@ -330,6 +331,7 @@ def find_cases(
         label_map: From `load_label_map`.
         affine: Of the stored arrays, from `affine_of`.
         numbering: Of multilabel masks.
+        is_hashed: Whether the ids are going to be hashed: reasons then speak of "its id", and name none.
 
     Raises:
         ValueError: If a table is missing or broken.
@@ -358,11 +360,11 @@ def find_cases(
                 places = by_name.get(f"{name}.npz", [])
                 mask, no_mask = None, None
                 if archive is not None:
-                    found = find_mask(None, name, archive, None)
+                    found = find_mask(None, name, archive, None, is_hashed, has_table=False)
                     mask, no_mask = found.place, found.reason
                 reasons = {
-                    "volume file is missing": not places,
-                    f"several files are named {name}.npz": len(places) > 1,
+                    "volume file is missing: no .npz file is named as its id": not places,
+                    f"{len(places)} .npz files are named as its id; leave one": len(places) > 1,
                     f"{SUMMARY_TABLE} does not say whose scan it is": patients is not None and name not in patients,
                     no_mask: no_mask is not None,
                 }
@@ -478,7 +480,7 @@ def run(args: argparse.Namespace) -> int:
     label_map = load_label_map()
     source = open_source(args.source, args.out)
     splits = {"train": args.train_sets, "validation": args.validation_sets}
-    cases = find_cases(source, args.masks, splits, label_map, affine, args.numbering)
+    cases = find_cases(source, args.masks, splits, label_map, affine, args.numbering, args.ids == "hashed")
     if args.nifti:
         with stopping_cleanly(args.out):
             # Before days of segmentation, not after them.

@@ -415,9 +415,9 @@ def test_what_is_missing_is_skipped_with_its_reason(release, tmp_path):
     np.savez_compressed(release / "images" / "tst00001.npz", ct=np.zeros((4, 5), np.int16))
     assert run(release, tmp_path / "out") == 1
     reasons = {entry["case"]: entry["reason"] for entry in manifest_of(tmp_path / "out")["skipped"]}
-    assert reasons["trn00001"] == "volume file is missing"
-    assert reasons["trn00002"].startswith("mask file is missing")
-    assert reasons["val00001"] == "several files are named val00001.npz"
+    assert reasons["trn00001"] == "volume file is missing: no .npz file is named as its id"
+    assert reasons["trn00002"].startswith("mask file is missing: no file or folder is named 'trn00002'")
+    assert reasons["val00001"] == "2 .npz files are named as its id; leave one"
     assert "tst00001.npz" in reasons["tst00001"] and "3-D" in reasons["tst00001"]
 
 
@@ -523,5 +523,16 @@ def test_hashed_ids_leave_no_id_of_the_source(release, tmp_path):
     (release / "more" / "val00001.npz").write_bytes((release / "images" / "val00001.npz").read_bytes())
     assert run(release, tmp_path / "out", "--ids", "hashed") == 0
     told = (tmp_path / "out" / "manifest.json").read_text() + (tmp_path / "out" / "README.md").read_text()
-    assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["skipped"]) == 3
+    # What was looked for is the id that the user knows, not its hash.
+    assert {entry["reason"] for entry in manifest_of(tmp_path / "out")["skipped"]} == {
+        "volume file is missing: no .npz file is named as its id",
+        "mask file is missing: no file or folder is named as its id or begins with it",
+        "2 .npz files are named as its id; leave one",
+    }
     assert not any(name in told for name in (*PATIENTS, *PATIENTS.values()))
+    for place in ("first", "second"):
+        save_mask(stored(scan(1)[1]), tmp_path / "masks" / f"trn00002_{place}.nii.gz")
+    (tmp_path / "masks" / "trn00002.nii.gz").unlink()
+    assert run(release, tmp_path / "without", "--ids", "hashed") == 1
+    reasons = [entry["reason"] for entry in manifest_of(tmp_path / "without")["skipped"]]
+    assert "several files fit as mask: ['...', '...']; leave one, named as the scan" in reasons, "there is no table"
