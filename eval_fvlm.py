@@ -35,6 +35,8 @@ Written to --out:
     auc_bars.png    the AUCs grouped by organ, with the line of chance
     report.html     all of it on one page that needs no network, with the worst errors and where the model looked; its
                     pictures lie in examples/. It holds ids and pictures of the split
+    command.txt     the command line as typed, with the paths of this machine. No other file has them: model and data are
+                    named by Hub id or by the last part of their path, with digests of weights and of shards beside
     retrieval.json, diagnostics.json, embeddings/    where asked for
 With several models each has its folder, a, b, ..., and comparison.json holds the differences to a.
 --protocol published adds `published` to metrics.json (evaluation_fvlm/published_metrics.py says how it is counted).
@@ -44,6 +46,7 @@ Research only, not for diagnosis.
 """
 
 import argparse
+import shlex
 import string
 import sys
 import time
@@ -63,6 +66,7 @@ from evaluation_fvlm.examples import collect_examples
 from evaluation_fvlm.html_report import write_report
 from evaluation_fvlm.loading import load_model
 from evaluation_fvlm.model_index import write_model_index
+from evaluation_fvlm.places import distinct_names, place_name, split_digest, weights_digest
 from evaluation_fvlm.prompts import default_cache
 from evaluation_fvlm.protocols import Protocol
 from evaluation_fvlm.published_metrics import format_published_table
@@ -104,6 +108,7 @@ PROTOCOLS = {
         "threshold": "test_labels",
     },
 }
+COMMAND = "command.txt"  # the one file of the results that holds paths of this machine
 NUM_RETRIEVAL_EXAMPLES = 4
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -282,6 +287,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     cache.add_argument("--no_prompt_cache", action="store_true", help="Embed the prompts anew and keep nothing.")
     running.add_argument("--quiet", action="store_true", help="No progress bar and no table.")
     args = parser.parse_args(arguments)
+    args.typed = sys.argv[1:] if arguments is None else list(arguments)
     args.set_by = {}
     for name, value in PROTOCOLS[args.protocol].items():
         args.set_by[name] = "protocol" if getattr(args, name) is None else "command line"
@@ -324,6 +330,7 @@ class Data:
     dropped: pd.DataFrame  # the other rows, with the reason
     development: Dataset | None
     settings: dict  # how the split was built
+    digest: str | None  # of its shards
     warnings: list[str]
 
 
@@ -423,16 +430,16 @@ def check_model(args: argparse.Namespace, model: PreTrainedModel, tasks: list[Ta
     check_split_matches(manifest, model.config, args.data)
 
 
-def open_data(args: argparse.Namespace, settings: dict) -> Data:
+def open_data(args: argparse.Namespace, manifest: dict) -> Data:
     """The rows to score.
 
     Args:
-        settings: How the split was built, from its manifest.
+        manifest: Of the split.
 
     Raises:
         EvaluationError: If there is no such split, or it shares patients with the development split.
     """
-    warnings = protocol_warnings(args, settings)
+    warnings = protocol_warnings(args, manifest["settings"])
     for warning in warnings:  # before the long part, and with --quiet too
         print(f"WARNING: {warning}", file=sys.stderr)
     rows = open_split(args.data, args.split, args.data_revision)
@@ -447,7 +454,7 @@ def open_data(args: argparse.Namespace, settings: dict) -> Data:
                 f"--development_split {args.development_split}: {len(shared)} of its patients are in '{args.split}' "
                 f"too (first: {shared[0]}); thresholds may not be chosen on the patients that they are judged by."
             )
-    return Data(dataset, dropped, development, settings, warnings)
+    return Data(dataset, dropped, development, manifest["settings"], split_digest(manifest), warnings)
 
 
 def window_rule(args: argparse.Namespace, config: PreTrainedConfig) -> WindowRule:
@@ -548,12 +555,14 @@ def protocol_of(
         "set_by": args.set_by,
         "tasks": [task_protocol(task) for task in scores.tasks],
         "model": {
-            "path": args.model[number],
+            "name": place_name(args.model[number]),
+            "weights": weights_digest(args.model[number]),
             "revision": args.revision[number],
             "commit": getattr(model.config, "_commit_hash", None),
         },
         "data": {
-            "path": args.data,
+            "name": place_name(args.data),
+            "digest": data.digest,
             "revision": args.data_revision,
             "split": args.split,
             "development_split": args.development_split,
@@ -685,8 +694,10 @@ def run(args: argparse.Namespace) -> list[ModelRun]:
             check_model(args, model, tasks, manifest)
         except EvaluationError as error:
             raise EvaluationError(f"--model {path}: {error}") from error
-    data = open_data(args, manifest["settings"])
+    data = open_data(args, manifest)
 
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / COMMAND).write_text(shlex.join(["python", "eval_fvlm.py", *args.typed]) + "\n", encoding="utf-8")
     folders = [args.out]
     if len(loaded) > 1:
         folders = [args.out / letter for letter in string.ascii_lowercase[: len(loaded)]]
@@ -695,7 +706,7 @@ def run(args: argparse.Namespace) -> list[ModelRun]:
     paths = [path for one in runs for path in one.paths]
     comparisons = []
     if len(runs) > 1:
-        scored = [(one.path, one.scores, one.development) for one in runs]
+        scored = [(name, one.scores, one.development) for name, one in zip(distinct_names(args.model), runs)]
         comparisons, path = compare_runs(scored, runs[0].figures, args.out)
         paths.append(path)
         for comparison in () if args.quiet else comparisons:
@@ -705,7 +716,7 @@ def run(args: argparse.Namespace) -> list[ModelRun]:
     if args.report:
         paths += [draw_report(args, one, data, comparisons) for one in runs]
     print("Written:")
-    for path in paths:
+    for path in [*paths, args.out / COMMAND]:
         print(f"  {path}")
     return runs
 

@@ -38,6 +38,7 @@ from evaluation_fvlm.embedding import inference
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.json_files import write_json
 from evaluation_fvlm.loading import load_model
+from evaluation_fvlm.places import place_name, weights_digest
 from evaluation_fvlm.windows import Window, WindowRule, organ_boxes, organ_windows
 from modeling_fvlm.geometry import BadVolumeError, Turn, crop_start, nearest_cells, organ_token_mask, turn_to_lps
 from modeling_fvlm.image_files import file_kind
@@ -351,7 +352,8 @@ def run(args: argparse.Namespace) -> int:
             f"{organ}: {organ_map.effective_patches:.1f} of {figures[organ]['patches']} patches in effect, the "
             f"heaviest with {organ_map.weights.max():.1%} of the weight"
         )
-    content = {"model": args.model, "volume": str(args.volume), "mask": str(args.mask), "organs": figures}
+    content = {"model": place_name(args.model), "weights": weights_digest(args.model)}
+    content |= {"volume": args.volume.name, "mask": args.mask.name, "organs": figures}
     write_json(content, args.out / "attention.json")
     return 0
 

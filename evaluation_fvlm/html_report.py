@@ -28,6 +28,7 @@ import pandas as pd
 from evaluation_fvlm.chosen_cases import is_synthetic
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.html_template import render_page
+from evaluation_fvlm.places import entry_name
 from evaluation_fvlm.report_sections import (
     Pictures,
     attention_section,
@@ -103,7 +104,7 @@ def page_html(folder: Path, results: Mapping, frame: pd.DataFrame, examples: Seq
         protocol_section(results, next(iter(tasks.values()))),
     ]
     first = next(iter(tasks.values()))
-    model, data = (name_of(results, key) for key in ("model", "data"))
+    model, data = (entry_name((results.get("protocol") or {}).get(key)) for key in ("model", "data"))
     lead = f"{model} on {data}: " if model and data else ""
     lead += f"{', '.join(tasks)}; {first['num_patients']:,} patients, {first['num_reconstructions']:,} volumes."
     terms = "This page holds ids and pictures of the split"
@@ -132,12 +133,6 @@ def tasks_of(results: Mapping) -> dict[str, Mapping]:
         }
         for name, summary in summaries.items()
     }
-
-
-def name_of(results: Mapping, key: str) -> str:
-    """Path of the model or the data, from the protocol."""
-    entry = (results.get("protocol") or {}).get(key)
-    return str(entry.get("path", "")) if isinstance(entry, Mapping) else str(entry or "")
 
 
 # The command

@@ -41,6 +41,7 @@ from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.json_files import write_json
 from evaluation_fvlm.loading import load_model
 from evaluation_fvlm.overlays import overlay_png
+from evaluation_fvlm.places import place_name, weights_digest
 from modeling_fvlm.geometry import BadVolumeError, resample_mask
 from modeling_fvlm.organs import NUMBERINGS, organ_label_table
 from modeling_fvlm.preparation import PreparedScan
@@ -276,7 +277,8 @@ def run(args: argparse.Namespace) -> int:
             examples.append(draw(case, known[1], organ_map, is_lesion, found, processor.image_processor, args.out))
     frame = pd.DataFrame(rows, columns=["patient_id", "finding", "organ", "reason", *FIGURES, "is_hit", "patches"])
     frame.to_csv(args.out / "cases.csv", index=False, float_format="%.6g")
-    summary = {"model": args.model, "available": len(cases), "seed": args.seed}
+    summary = {"model": place_name(args.model), "weights": weights_digest(args.model)}
+    summary |= {"available": len(cases), "seed": args.seed}
     summary |= summarize_cases(frame, args.most, args.seed) | {"examples": examples}
     write_json(summary, args.out / "lesion_attention.json")
     print(format_summary(summary))

@@ -29,6 +29,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from evaluation_fvlm.errors import EvaluationError
+from evaluation_fvlm.places import entry_name, weights_digest
 
 CARD = "README.md"
 TASK = "zero-shot-image-classification"
@@ -75,14 +76,7 @@ def data_of(results: Mapping) -> Data | None:
     data = (results.get("protocol") or {}).get("data")
     if not isinstance(data, Mapping):
         return None
-    # A path says how somebody's disk is laid out, and nothing to a reader.
-    path = str(data["path"])
-    name = path if _is_hub_id(path) and not Path(path).exists() else Path(path).resolve().name
-    return Data(name, data.get("split"), data.get("revision"))
-
-
-def _is_hub_id(path: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not path.startswith(".")
+    return Data(entry_name(data), data.get("split"), data.get("revision"))
 
 
 def evaluations_of(results: Mapping) -> dict[str, Mapping]:
@@ -394,17 +388,19 @@ def run(args: argparse.Namespace) -> int:
         raise EvaluationError(f"{path} is no metrics.json and no result of `score`: it has {list(results)[:5]}.")
     beside = path.with_name("retrieval.json")
     retrieval = _read_json(beside) if args.results.is_dir() and beside.is_file() else None
-    named = data_of(results)
+    data = data_of(results)
     if args.dataset or args.split or args.data_revision:
-        if args.dataset is None and named is None:
+        if args.dataset is None and data is None:
             raise EvaluationError(f"{path} does not say what was measured on; name it with --dataset.")
-        named = named or Data(args.dataset)
-        split, revision = args.split or named.split, args.data_revision or named.revision
-        named = Data(args.dataset or named.name, split, revision)
-    model = ((results.get("protocol") or {}).get("model") or {}).get("path")
-    if model is not None and Path(model).is_dir() and not Path(model).samefile(args.model):
-        print(f"WARNING: these are results of {model}, not of {args.model}.", file=sys.stderr)
-    card = write_model_index(args.model, results, named, retrieval)
+        data = data or Data(args.dataset)
+        split, revision = args.split or data.split, args.data_revision or data.revision
+        data = Data(args.dataset or data.name, split, revision)
+    model = (results.get("protocol") or {}).get("model") or {}
+    if model.get("weights") and model["weights"] != weights_digest(args.model):
+        print(
+            f"WARNING: these are results of {entry_name(model)}, of other weights than {args.model}.", file=sys.stderr
+        )
+    card = write_model_index(args.model, results, data, retrieval)
     print(f"{card}: results written. To upload: python -m training_fvlm.push {args.model} --repo owner/name")
     return 0
 

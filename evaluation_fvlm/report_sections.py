@@ -16,6 +16,7 @@ import pandas as pd
 from evaluation_fvlm.chosen_cases import worst_errors
 from evaluation_fvlm.html_charts import curves_chart, interval_chart, reliability_chart
 from evaluation_fvlm.html_template import Chart, Picture, Section, Table
+from evaluation_fvlm.places import entry_name, place_name
 
 NAMES = {
     "auc": "AUC", "average_precision": "average precision", "accuracy": "accuracy",
@@ -314,7 +315,7 @@ def comparison_section(comparison: Mapping, place: int) -> Section:
              p_text(auc["difference"].get("p")), *of_delong[1:])
         )  # fmt: skip
     rows.sort(key=lambda row: -abs(row[1]["value"]))
-    told = "; ".join(f"{side.upper()} is {comparison[side]}" for side in ("a", "b") if comparison.get(side))
+    told = "; ".join(f"{side.upper()} is {place_name(comparison[side])}" for side in ("a", "b") if comparison.get(side))
     of_task = f" ({comparison['task']})" if comparison.get("task") else ""
     reach = max([0.05, *(abs(end) for _, figure, _ in rows for end in figure.values() if end is not None)])
     reach = min(1.0, math.ceil(reach * 20) / 20)
@@ -601,7 +602,7 @@ def lesion_section(lesions: Mapping | None, pictures: Pictures) -> Section:
         "lesions",
         (
             f"{lesions['counted']} cases of {lesions['patients']} patients, where the place of the lesion is known"
-            f"{', looked at by ' + str(lesions['model']) if lesions.get('model') else ''}. "
+            f"{', looked at by ' + place_name(lesions['model']) if lesions.get('model') else ''}. "
             "A map without preference has as much attention in the lesion's patches as they are of the organ's patches."
             + (f" {left_out[0].upper()}{left_out[1:]}." if left_out else "")
             + " Pictures show the planes through the middle of the lesion.",
@@ -653,6 +654,11 @@ def protocol_section(results: Mapping, first: Mapping) -> Section:
     protocol = dict(results.get("protocol") or {})
     versions = protocol.pop("versions", {})
     protocol.pop("warnings", None)
+    for key in ("model", "data"):
+        if isinstance(protocol.get(key), Mapping):  # results of earlier versions hold paths
+            protocol[key] = {"name": entry_name(protocol[key])} | {
+                k: v for k, v in protocol[key].items() if k != "path"
+            }
     tables = []
     rows = list(setting_rows(protocol))
     if rows:

@@ -314,11 +314,13 @@ def print_protocol(result: dict, say) -> None:
     for reason, entry in result["dropped_cases"].items():
         shown = ", ".join(entry["cases"][:3]) + (", ..." if entry["count"] > 3 else "")
         say(f"left out: {entry['count']} cases: {reason} ({shown})")
-    for notes in result["files"] if isinstance(result["files"], list) else [result["files"]]:
+    files = result["files"] if isinstance(result["files"], list) else [result["files"]]
+    for run, notes in zip(result.get("runs") or [""], files):
+        place = f"{run}, {notes['scores']}" if run else notes["scores"]
         if notes["identical_rows_dropped"]:
-            say(f"{notes['scores']}: {notes['identical_rows_dropped']} identical rows dropped")
+            say(f"{place}: {notes['identical_rows_dropped']} identical rows dropped")
         for key in ("columns_ignored", "findings_without_scores", "findings_without_labels"):
             if notes[key]:
-                say(f"{notes['scores']}: {key.replace('_', ' ')}: {', '.join(notes[key])}")
+                say(f"{place}: {key.replace('_', ' ')}: {', '.join(notes[key])}")
     for warning in result["warnings"]:
         say(f"WARNING: {warning}", style="yellow")

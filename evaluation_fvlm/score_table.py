@@ -162,8 +162,8 @@ def read_score_table(
     frame = pd.concat(parts, ignore_index=True)
     frame = frame[["task", "patient_id", "scan_id", "recon_id", "finding", "organ", "score", "label", "is_complete"]]
     notes = {
-        "scores": str(scores),
-        "labels": str(labels or scores),
+        "scores": Path(scores).name,  # a result is handed on: no path of this machine
+        "labels": Path(labels or scores).name,
         "identical_rows_dropped": score_file.num_identical + (label_file.num_identical if label_file else 0),
         **column_notes,
         "findings_without_scores": [finding for finding in findings if finding not in score_cells],

@@ -225,6 +225,13 @@ def test_everything_that_is_measured_comes_out_of_one_run(workplace, tmp_path, c
     np.testing.assert_allclose(frame["score"].to_numpy(float), written["score"], rtol=1e-5)
     pages = [(tmp_path / "out" / letter / "report.html").read_text() for letter in "ab"]
     assert all("Retrieval" in page and "DeLong" in page and "Nodule 3 seen" not in page for page in pages)
+    texts = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with_path = [path.name for path, text in texts.items() if str(tmp_path.parent.parent).encode() in text]
+    assert with_path == ["command.txt"], "results are handed on: no other file tells where somebody's files lie"
+    assert (
+        f"--model {tmp_path / 'model'} --data {tmp_path / 'data'} " in texts[tmp_path / "out" / "command.txt"].decode()
+    )
+    assert stored.info["protocol"]["model"]["weights"] in pages[0]
     examples = json.loads((out / "examples" / "examples.json").read_text())
     assert examples and all((out / example["picture"]).is_file() and "text" not in example for example in examples)
     assert (
@@ -256,16 +263,9 @@ def test_two_models_are_compared_on_the_same_scans(workplace, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "p DeLong" in printed and "macro AUC" in printed and "comparison.json" in printed
     metrics = [json.loads((tmp_path / "out" / name / "metrics.json").read_text()) for name in "ab"]
-    assert [entry["protocol"]["model"]["path"] for entry in metrics] == [
-        str(workplace / "model"),
-        str(tmp_path / "other"),
-    ]
+    assert [entry["protocol"]["model"]["name"] for entry in metrics] == ["model", "other"]
     (comparison,) = json.loads((tmp_path / "out" / "comparison.json").read_text())["comparisons"]
-    assert (comparison["task"], comparison["a"], comparison["b"]) == (
-        "tiny",
-        str(workplace / "model"),
-        str(tmp_path / "other"),
-    )
+    assert (comparison["task"], comparison["a"], comparison["b"]) == ("tiny", "model", "other")
     for finding in ("Nodule", "Big heart"):
         auc = comparison["per_finding"][finding]["auc"]
         assert [auc["a"], auc["b"]] == pytest.approx([entry["per_finding"][finding]["auc"] for entry in metrics])

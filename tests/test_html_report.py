@@ -230,6 +230,21 @@ def test_sentences_of_reports_come_only_when_asked_for(run, page):
     assert "rank of its own text" in without
 
 
+def test_no_path_of_this_machine_stands_on_the_page(run):
+    """Results of earlier versions hold paths; the page names their last part, and a Hub id as it is."""
+    folder, results, frame, examples = run
+    places = {
+        "model": {"path": "/home/jane_doe/model_7", "commit": None},
+        "data": {"path": "owner/ct", "split": "test"},
+    }
+    comparison = results["comparisons"][0] | {"a": "/home/jane_doe/model_7", "b": "jane_doe/runs/model_8"}
+    lesions = results["lesion_attention"] | {"model": "/home/jane_doe/model_7"}
+    told = results | {"protocol": places, "comparisons": [comparison], "lesion_attention": lesions}
+    html = page_html(folder, told, frame, examples, show_text=True)
+    assert "jane_doe" not in html and "model_7 on owner/ct" in html and "A is model_7; B is model_8." in html
+    assert "looked at by model_7" in html and "model: name" in html and "data: split" in html
+
+
 def test_the_synthetic_set_is_known_by_its_labels(run):
     """The set's prompts may be asked of patients: their labels do not know all that the set paints."""
     folder, results, frame, examples = run

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from evaluation_fvlm.__main__ import main
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.model_index import Data, data_of, eval_results, write_model_index
+from evaluation_fvlm.places import weights_digest
 from evaluation_fvlm.protocols import Protocol, evaluate_frame
 from evaluation_fvlm.retrieval import retrieve_pairs
 
@@ -221,10 +223,11 @@ def test_a_card_without_header_or_none_at_all(tmp_path, evaluation, card):
 def test_the_command(tmp_path, evaluation, retrieval, capsys):
     model, results = tmp_path / "model", tmp_path / "eval"
     model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
     results.mkdir()
     trained_card(model)
-    data = {"path": str(tmp_path / "processed"), "revision": None, "split": "validation"}
-    content = metrics_json(evaluation, data=data, model={"path": str(model)})
+    data = {"name": "processed", "revision": None, "split": "validation"}
+    content = metrics_json(evaluation, data=data, model={"name": "mine", "weights": weights_digest(model)})
     (results / "metrics.json").write_text(json.dumps(content))
     (results / "retrieval.json").write_text(json.dumps(retrieval))
     assert main(["card", "--results", str(results), "--model", str(model)]) == 0
@@ -242,9 +245,12 @@ def test_the_command(tmp_path, evaluation, retrieval, capsys):
     assert main(["card", "--results", str(tmp_path / "score.json"), "--model", str(model), *options]) == 0
     assert any(entry.dataset_revision == "abc" for entry in entries(model).values())
 
-    (tmp_path / "another").mkdir()
-    assert main(["card", "--results", str(results), "--model", str(tmp_path / "another")]) == 0
-    assert f"WARNING: these are results of {model}, not of" in capsys.readouterr().err
+    shutil.copytree(model, tmp_path / "copy")
+    assert main(["card", "--results", str(results), "--model", str(tmp_path / "copy")]) == 0
+    assert not capsys.readouterr().err, "the same weights, wherever they lie"
+    (tmp_path / "copy" / "model.safetensors").write_bytes(b"other weights")
+    assert main(["card", "--results", str(results), "--model", str(tmp_path / "copy")]) == 0
+    assert f"WARNING: these are results of mine, of other weights than {tmp_path / 'copy'}" in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_is_said(tmp_path, evaluation, capsys):

@@ -1,0 +1,53 @@
+"""How results name the model and the data that they are of: results are handed on, and a path may hold a person's name.
+
+A Hub id stands as it is. Of a path the last part stands, with a digest of the content beside it, so that the same
+weights and the same split are known again wherever they lie.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+DIGITS = 16  # of a SHA-256
+
+
+def place_name(place: str | Path) -> str:
+    """A Hub id as it is, a path by its last part."""
+    text = str(place)
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".") and not Path(text).exists()
+    return text if is_hub_id else os.path.basename(os.path.abspath(text))
+
+
+def entry_name(entry: Mapping | str | None) -> str:
+    """The name in a protocol's entry; results of earlier versions hold the path."""
+    if isinstance(entry, Mapping):
+        return str(entry.get("name") or (place_name(entry["path"]) if entry.get("path") else ""))
+    return place_name(entry) if entry else ""
+
+
+def distinct_names(places: Sequence[str]) -> list[str]:
+    """A name for each of several models; of those that share one the digest of their weights tells which."""
+    names = [place_name(place) for place in places]
+    digests = [weights_digest(place) if names.count(name) > 1 else None for name, place in zip(names, places)]
+    return [f"{name}, weights {digest}" if digest else name for name, digest in zip(names, digests)]
+
+
+def weights_digest(model: str | Path) -> str | None:
+    """Digest of the files of weights in a folder; None for a model on the Hub, whose commit tells them."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:DIGITS]
+
+
+def split_digest(manifest: Mapping) -> str | None:
+    """Digest of the shards of a processed split, from the checksums in its manifest; None where it has none."""
+    shards = sorted((str(shard.get("file")), str(shard.get("sha256"))) for shard in manifest.get("shards") or ())
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:DIGITS] if shards else None
