@@ -35,8 +35,8 @@ Written to --out:
     auc_bars.png    the AUCs grouped by organ, with the line of chance
     report.html     all of it on one page that needs no network, with the worst errors and where the model looked; its
                     pictures lie in examples/. It holds ids and pictures of the split
-    command.txt     the command line as typed, with the paths of this machine. No other file has them: model and data are
-                    named by Hub id or by the last part of their path, with digests of weights and of shards beside
+    command.txt     the command line as typed, with the paths of this machine. No other file has them: model and data
+                    are named by Hub id or the last part of their path, with digests of weights and shards beside
     retrieval.json, diagnostics.json, embeddings/    where asked for
 With several models each has its folder, a, b, ..., and comparison.json holds the differences to a.
 --protocol published adds `published` to metrics.json (evaluation_fvlm/published_metrics.py says how it is counted).
