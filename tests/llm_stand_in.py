@@ -10,6 +10,7 @@ is how often this very report was asked before it, from 1. What a server would c
 answer arrives.
 """
 
+import http.client
 import json
 import threading
 import time
@@ -18,8 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
+from urllib.parse import urlsplit
 
-from hub_stand_in import Server
+from hub_stand_in import Server as QuietServer
 
 FAULTS = (
     *("slow", "drip", "drop", "cut", "invalid", "prose", "invents", "forgets", "lazy", "truncated", "huge", "endless"),
@@ -51,11 +53,38 @@ class LLM:
     answered: Counter = field(default_factory=Counter)  # report -> whole answers that were sent
     under_way: int = 0
     most_under_way: int = 0
+    connections: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def cost(self, price_in: float, price_out: float) -> float:
         """What the server would charge for everything."""
         return sum(tokens_in * price_in + tokens_out * price_out for tokens_in, tokens_out in self.charged) / 1e6
+
+    def settle(self) -> None:
+        """Wait until all that a client sent before it ended is counted, also what waits to be read."""
+        # Connections are taken in their order: once this one has its answer, all before it have their thread.
+        last = http.client.HTTPConnection(urlsplit(self.url).netloc)
+        last.request("GET", "/v1/models")
+        last.getresponse().read()
+        last.close()
+        while self.connections:
+            time.sleep(0.005)
+
+
+class Server(QuietServer):
+    request_queue_size = 128  # of 5, the default, a busy machine lets calls of eight threads wait for a second
+
+    def process_request(self, request, client_address) -> None:
+        with self.llm.lock:
+            self.llm.connections += 1
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request, client_address) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self.llm.lock:
+                self.llm.connections -= 1
 
 
 @contextmanager
@@ -112,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
             self.leave()
 
     def leave(self) -> None:
-        """No longer under way: before the last byte is sent, since its client may ask again before this thread goes on."""
+        """No longer under way: before the last byte is sent, since its client may ask again before this one goes on."""
         with self.llm.lock:
             self.llm.under_way -= self.is_under_way
             self.is_under_way = False

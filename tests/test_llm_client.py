@@ -190,11 +190,11 @@ def test_nobody_answers():
 
 def test_a_server_that_drips_meets_one_time_limit(server):
     server.faults = lambda report, number: "drip"
-    server.slow_s = 0.05  # a byte: each piece is in time, the whole would take half a minute
+    server.slow_s = 0.1  # a byte: each piece is in time, the whole would take a minute
     begin = time.monotonic()
     with pytest.raises(CallFailedError, match="no answer within 0.4 s") as failed:
         ask(HTTPClient(server.url, "m", timeout_s=0.4))
-    assert time.monotonic() - begin < 3 and failed.value.may_be_charged
+    assert time.monotonic() - begin < 20 and failed.value.may_be_charged
 
 
 def test_what_is_too_large_is_not_kept(server, monkeypatch):
@@ -239,7 +239,7 @@ def test_a_proxy_is_asked_for_a_way_to_an_encrypted_server_and_reads_nothing(mon
         monkeypatch.delenv("no_proxy", raising=False)
         with pytest.raises(CallFailedError, match="cannot be reached"):
             ask(HTTPClient("https://llm.example.org/v1", "m", KEY, "llm.example.org"))
-        thread.join(5)
+        thread.join(60)
     head, hello = heard
     assert head.startswith("CONNECT llm.example.org:443 HTTP/1.") and KEY not in head
     assert f"Basic {base64.b64encode(b'us:er ').decode()}" in head
@@ -261,7 +261,7 @@ def test_closing_ends_calls_under_way(server):
     while not server.asked:
         time.sleep(0.01)
     client.close()
-    thread.join(5)
+    thread.join(60)
     assert failures == ["the connection broke off"]
 
 
