@@ -203,27 +203,30 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="Show organs that fit together into one window in one, centred on them all, so that a scan takes fewer "
         "forwards (default: every organ in the middle of its own window; equal windows are computed once in any case). "
-        "Every organ stays whole, but its surroundings change, and so do the scores; metrics.json says so. Not with "
-        "published windows.",
+        "Every organ stays whole, but its surroundings change, and so do the scores; metrics.json says so. How they fit "
+        "hangs on which are embedded: those that prompts ask for, but with --retrieval, --diagnostics or "
+        "--save_embeddings all, so each of these moves the scores once more. Not with published windows.",
     )
     beside = parser.add_argument_group("beside the scores")
     beside.add_argument(
         "--retrieval",
         action="store_true",
         help="Does a report find its volume, a volume its report, an organ its sentences? R@k, median rank and MRR, "
-        "with chance beside. Embeds every organ and the split's texts.",
+        "with chance beside. Embeds every organ and the split's texts; with --shared_windows that moves scores.",
     )
     beside.add_argument(
         "--diagnostics",
         action="store_true",
         help="Alignment, uniformity, effective rank, modality gap and collapse of texts, per organ; attention against "
-        "mean pooling of the same tokens. Embeds every organ and the split's texts.",
+        "mean pooling of the same tokens. Embeds every organ and the split's texts; with --shared_windows that moves "
+        "scores.",
     )
     beside.add_argument(
         "--save_embeddings",
         action="store_true",
         help="Write the embeddings to OUT/embeddings as Parquet, so that probes, retrieval and diagnostics need no "
-        "second pass (python -m evaluation_fvlm --help). Embeds every organ and the split's texts.",
+        "second pass (python -m evaluation_fvlm --help). Embeds every organ and the split's texts; with "
+        "--shared_windows that moves scores.",
     )
     beside.add_argument(
         "--report",
@@ -664,6 +667,7 @@ def draw_report(args: argparse.Namespace, run: ModelRun, data: Data, comparisons
         run.scores.frame,
         run.folder,
         rule=window_rule(args, run.model.config),
+        embedded=run.scores.embeddings.asked_organs,
         with_text=args.show_text,
     )
     results = run.metrics | run.parts | ({"comparisons": comparisons} if comparisons else {})

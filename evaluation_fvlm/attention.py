@@ -140,6 +140,7 @@ def attention_maps(
     mask: np.ndarray,
     organs: Sequence[str] | None = None,
     rule: WindowRule | None = None,
+    embedded: Sequence[str] | None = None,
 ) -> dict[str, AttentionMap]:
     """Maps of a prepared scan.
 
@@ -149,6 +150,7 @@ def attention_maps(
         mask: Organ labels on the same grid.
         organs: Those to look at, by default all; absent ones are passed over.
         rule: How windows are made, as in `embed_split`.
+        embedded: The organs that were embedded together, by default those to look at. Shared windows hang on them.
 
     Returns:
         A map for each organ that the mask holds, in the model's order of organs.
@@ -165,10 +167,13 @@ def attention_maps(
             )
     rule = rule or WindowRule(tuple(config.vision_config.volume_size), patch_size)
     asked = set(organs or config.organs)
-    boxes = [box if name in asked else None for name, box in zip(config.organs, organ_boxes(mask, num_organs))]
+    laid_out = asked | set(embedded or ())
+    boxes = [box if name in laid_out else None for name, box in zip(config.organs, organ_boxes(mask, num_organs))]
     outside = padding_hu(config.windows, rule.published or config.preprocessing == "published")
     maps: dict[str, AttentionMap] = {}
     for window, organ_indices in organ_windows(boxes, mask.shape, rule).items():  # (1)
+        if not any(config.organs[index] in asked for index in organ_indices):
+            continue
         token_mask = organ_token_mask(window.take(mask, 0), num_organs, patch_size)
         if config.vision_config.token_selection == "all":
             token_mask[np.setdiff1d(np.arange(num_organs), organ_indices)] = False  # seen all the same
@@ -181,7 +186,7 @@ def attention_maps(
                 output_attentions=True,
             ).attentions[0]
         grid = tuple(edge // patch for edge, patch in zip(window.size, patch_size))
-        for index in organ_indices:
+        for index in (index for index in organ_indices if config.organs[index] in asked):
             # (2) of (heads, levels * patches)
             by_level = attentions[index].double().mean(0).view(-1, *grid).cpu().numpy()
             if not np.isfinite(by_level).all():

@@ -36,6 +36,7 @@ def collect_examples(
     folder: Path | str,
     *,
     rule: WindowRule | None = None,
+    embedded: Sequence[str] | None = None,
     num_errors: int = 12,
     num_hits: int = 6,
     with_text: bool = False,
@@ -48,6 +49,7 @@ def collect_examples(
         frame: Their scores.
         folder: Of the results.
         rule: Of the windows, as they were scored.
+        embedded: The organs that were embedded together (`attention_maps`).
         num_errors, num_hits: Cases at most.
         with_text: Keep what the report says of the organ; of the synthetic set it is kept in any case.
 
@@ -69,7 +71,7 @@ def collect_examples(
         example |= {"kind": case["kind"], "score": float(case["score"]), "label": int(case["label"])}
         words = re.sub(r"[^A-Za-z0-9._-]", "_", f"{case['recon_id']}-{case['finding']}")
         name = f"{number:03d}-{words[:100]}.png"
-        example |= draw(model, row, case, rule, out / name) | {"picture": f"{FOLDER}/{name}"}
+        example |= draw(model, row, case, rule, embedded, out / name) | {"picture": f"{FOLDER}/{name}"}
         if keeps_text:
             example["text"] = caption_of(row, case["organ"])
         examples.append(example)
@@ -77,10 +79,17 @@ def collect_examples(
     return examples
 
 
-def draw(model: PreTrainedModel, row: dict, case: dict, rule: WindowRule | None, path: Path) -> dict:
+def draw(
+    model: PreTrainedModel,
+    row: dict,
+    case: dict,
+    rule: WindowRule | None,
+    embedded: Sequence[str] | None,
+    path: Path,
+) -> dict:
     """Write the picture of one case; returns the figures of its map."""
     volume, mask = decode_volume(row)
-    organ_map = attention_maps(model, volume, mask, [case["organ"]], rule)[case["organ"]]
+    organ_map = attention_maps(model, volume, mask, [case["organ"]], rule, embedded)[case["organ"]]
     is_organ = mask == list(model.config.organs).index(case["organ"]) + 1
     title = f"{case['recon_id']}: {case['finding']} ({case['organ']}), score {case['score']:.2f}"
     peak = organ_map.peak_voxel(is_organ)

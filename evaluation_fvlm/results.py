@@ -43,13 +43,20 @@ def task_protocol(task: Task) -> dict:
 
 def window_protocol(rule: WindowRule, scores: ZeroShotScores) -> dict:
     """How organs were shown to the network, and how many forwards that took."""
+    context = "centred: every organ in the middle of its window, as far as the scan reaches"
+    if rule.shared:
+        embeddings = scores.embeddings
+        is_all = len(embeddings.asked_organs) == len(embeddings.organs)
+        context = (
+            "shared: organs that fit into one window are seen in one, so scores differ from those of centred windows. "
+            f"How they fit hangs on which are embedded, here {'all' if is_all else 'those that prompts ask for'} "
+            f"({len(embeddings.asked_organs)} of {len(embeddings.organs)}): --retrieval, --diagnostics or "
+            "--save_embeddings embed all, and scores with and without them differ"
+        )
     return {
         "size": list(rule.size),
         "rule": "published" if rule.published else "padded to size",
-        "context": "shared: organs that fit into one window are seen in one, so scores differ from those of centred "
-        "windows"
-        if rule.shared
-        else "centred: every organ in the middle of its window, as far as the scan reaches",
+        "context": context,
         "num_windows": scores.embeddings.num_windows,
         "num_batches": scores.embeddings.num_batches,
     }

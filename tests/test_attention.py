@@ -22,7 +22,7 @@ from evaluation_fvlm.attention import OUTSIDE, attention_maps, read_source, spre
 from evaluation_fvlm.embedding import embed_split
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.overlays import HEAT_OPACITY, outline, overlay_png, plane_of
-from evaluation_fvlm.windows import WindowRule, organ_boxes, window_of_organ
+from evaluation_fvlm.windows import WindowRule, organ_boxes, organ_windows, window_of_organ
 from modeling_fvlm import FVLMModel, FVLMProcessor, save_for_hub
 from modeling_fvlm.processed_split import decode_volume
 
@@ -92,6 +92,17 @@ def slow_map_on_scan(weights, window, shape):
         patch = patch_of.get(int(numbers[at]))
         output[at] = 0 if patch is None else weights[patch] / counts[patch]
     return output
+
+
+def test_in_shared_windows_the_map_is_of_the_window_in_which_the_organ_was_scored():
+    """Two neighbours fit into one window; alone, an organ would stand in the middle of another."""
+    rule = WindowRule((4, 12, 40), PATCH, shared=True)
+    volume, mask = (np.pad(array, ((0, 0), (0, 0), (0, 45))) for array in decode_volume(tiny_rows()[3]))
+    alone = attention_maps(tiny_model(), volume, mask, ["heart"], rule)["heart"]
+    together = attention_maps(tiny_model(), volume, mask, ["heart"], rule, ["lung", "heart"])
+    assert list(together) == ["heart"]
+    ((window, organs),) = organ_windows(organ_boxes(mask, len(ORGANS)), mask.shape, rule).items()
+    assert organs == [0, 1] and together["heart"].window == window != alone.window
 
 
 @pytest.mark.parametrize("rule", [WindowRule(SIZE, PATCH), WindowRule(SIZE, PATCH, published=True)])

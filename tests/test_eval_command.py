@@ -306,6 +306,7 @@ def test_shared_windows_change_the_context_and_say_so(workplace, tmp_path, capsy
         return json.loads((tmp_path / name / "metrics.json").read_text())
 
     plain, shared = metrics_of("plain"), metrics_of("shared", "--shared_windows")
+    assert "here all (3 of 3): --retrieval" in shared["protocol"]["windows"]["context"]
     assert plain["protocol"]["windows"]["context"].startswith("centred")
     assert shared["protocol"]["windows"]["context"].startswith("shared")
     assert shared["protocol"]["windows"]["num_windows"] < plain["protocol"]["windows"]["num_windows"]
@@ -622,4 +623,5 @@ def test_help_teaches(capsys):
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert "\n    python eval_fvlm.py --model runs/demo/model" in printed  # the docstring keeps its lines
+    assert " ".join(printed.split()).count("with --shared_windows that moves scores") == 3
     assert "body_24_findings, ct_rate_16, ct_rate_18, rad_chest_ct_16, synthetic" in " ".join(printed.split())
