@@ -277,10 +277,13 @@ def test_the_command_scores_the_rules_on_a_folder(tmp_path, capsys):
     assert f"micro F1 {result['micro_f1']:.4f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("half", "floors"), [("tuning", (0.98, 0.97, 0.98)), ("final", (0.96, 0.95, 0.94))])
-def test_the_rules_do_not_fall_behind_their_scores(half, floors):
-    """Measured: 0.997, 0.995, 0.998 on what the lexicon was made with, 0.974, 0.969, 0.957 on the held-out half."""
-    gold = read_decompositions(GOLD.parent / half)
+@pytest.mark.parametrize(
+    ("part", "floors"),
+    [("tuning", (0.98, 0.97, 0.98)), ("final", (0.96, 0.95, 0.94)), ("final_hospitals", (0.93, 0.93, 0.90))],
+)
+def test_the_rules_do_not_fall_behind_their_scores(part, floors):
+    """First measured: 0.974, 0.969, 0.957 on `final`, 0.950, 0.953, 0.922 on `final_hospitals`, both held out."""
+    gold = read_decompositions(GOLD.parent / part)
     _, organs = organs_of(gold, None)
     result = score(gold, split_by_rules(gold, organs, "english"), organs)
     names = ("micro_f1", "macro_f1", "abnormal_accuracy")
