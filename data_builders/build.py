@@ -35,6 +35,7 @@ from .decompose import Lexicon, load_lexicon
 from .previews import write_previews
 from .privacy import concern_lines, default_salt_file, pseudonymise, read_salt, salt_check, scan_reports, write_key
 from .progress import check_may_continue, continue_or_begin, is_finished, plan_of, read_identity, stopping_cleanly
+from .report_labels import FindingRules, load_finding_rules
 from .run_cases import (
     PADDED_TO,
     PADDING_WINDOWS,
@@ -60,6 +61,7 @@ from .shards import (
 from .summary import FORMAT_VERSION, console, make_manifest, print_summary
 
 IDS = ("kept", "hashed")
+UNMENTIONED = {"unknown": -1, "absent": 0}
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Settings:
         rescale_mode: What is done with a declared slope and intercept: "auto", "apply" or "skip".
         configs: "volumes", "organ_crops" or both.
         ids: "kept" as the source has them, or "hashed".
+        finding_rules: By which findings are labelled from the report, those that the source has no label of; None: not.
+        unmentioned: Value of a finding that a report does not speak of: -1 unknown, or 0 absent.
     """
 
     builder: str
@@ -93,6 +97,8 @@ class Settings:
     rescale_mode: str = "auto"
     configs: tuple[str, ...] = ("volumes",)
     ids: str = "kept"
+    finding_rules: FindingRules | None = None
+    unmentioned: int = UNMENTIONED["unknown"]
 
     def as_json(self) -> dict:
         """The settings as the manifest tells them."""
@@ -115,6 +121,10 @@ class Settings:
         }
         if self.preprocessing == "published":
             content |= {"padded_to": PADDED_TO, "padding_hu": padding_hu(PADDING_WINDOWS, is_published=True)}
+        if self.finding_rules is not None:
+            rules = self.finding_rules
+            named = {"name": rules.name, "version": rules.version, "sha256": rules.sha256}
+            content["labels"] = {**named, "unmentioned": self.unmentioned}
         return json.loads(json.dumps(content))
 
 
@@ -224,6 +234,25 @@ def add_build_arguments(parser: argparse.ArgumentParser, organs: str, ids: str =
     group.add_argument("--strict", action="store_true", help="Stop at the first broken case instead of skipping it.")
 
 
+def add_label_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of builders whose source has reports."""
+    group = parser.add_argument_group("labels of findings")
+    group.add_argument(
+        "--labels",
+        metavar="NAME",
+        help="Label findings by the words of the report, those that the source itself has no label of: ct_rate_18, or "
+        "a YAML file in its form. 1 stated, 0 denied, -1 only suspected (default: none).",
+    )
+    group.add_argument(
+        "--unmentioned",
+        choices=list(UNMENTIONED),
+        default="unknown",
+        help="What a finding of --labels is where the report does not speak of it: unknown (-1), or absent (0), as the "
+        "label files of CT-RATE have it. A report in another language than English leaves all unknown (default: "
+        "unknown).",
+    )
+
+
 def settings_from_args(
     args: argparse.Namespace,
     builder: str,
@@ -265,7 +294,18 @@ def settings_from_args(
     )
     settings.lexicon.check_covers(settings.organ_set.organs)
     label_tables(settings)  # an unknown organ, class or numbering fails here, not in a worker
-    return settings
+    return with_finding_rules(settings, args)
+
+
+def with_finding_rules(settings: Settings, args: argparse.Namespace) -> Settings:
+    """The settings with what --labels and --unmentioned say; not every builder has them."""
+    labels, unmentioned = getattr(args, "labels", None), getattr(args, "unmentioned", "unknown")
+    if labels is None and unmentioned != "unknown":
+        raise ValueError(f"--unmentioned {unmentioned} is for --labels: give that as well.")
+    if labels is None:
+        return settings
+    rules = load_finding_rules(labels, settings.lexicon)
+    return dataclasses.replace(settings, finding_rules=rules, unmentioned=UNMENTIONED[unmentioned])
 
 
 def part_of(shard: str | None) -> tuple[int, int]:

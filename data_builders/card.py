@@ -156,6 +156,7 @@ def card_text(manifest: dict) -> str:
         + (" (rule and terms: " + f"lexicon `{settings['lexicon']['name']}` {settings['lexicon']['version']}).")
         + " `labels`:",
         "1 present, 0 absent, -1 unknown, under the names of the source.",
+        *label_lines(settings.get("labels")),
         "",
         "## Terms",
         "",
@@ -163,6 +164,17 @@ def card_text(manifest: dict) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def label_lines(labels: dict | None) -> list[str]:
+    """Where labels come from that the source does not have."""
+    if labels is None:
+        return []
+    unmentioned = "unknown" if labels["unmentioned"] == -1 else "absent"
+    return [
+        f"Findings that the source has no label of are labelled by the words of the report (rules `{labels['name']}`",
+        f"{labels['version']}; one that is not spoken of counts as {unmentioned}); no radiologist has looked at them.",
+    ]
 
 
 def without_row(content: dict) -> tuple[int, int]:

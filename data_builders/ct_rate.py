@@ -7,12 +7,16 @@ Straight from the Hub (accept the terms there and `hf auth login` first), the be
     python -m data_builders ct_rate --source hf://datasets/ibrahimhamamci/CT-RATE --out out/ct_rate \\
         --splits validation --reconstructions best
 
+Captions by organ of the published release in the place of ours, and labels from the reports where they are missing:
+    python -m data_builders ct_rate --source CT-RATE --out out/ct_rate --organs chest_4 --desc_info desc_info.json \\
+        --conc_info conc_info.json --labels ct_rate_18 --unmentioned absent
+
 The source holds `dataset/` as on the Hub (or is that folder itself):
     {train,valid}_fixed/train_1/train_1_a/train_1_a_1.nii.gz               volumes with corrected headers
     {train,valid}/train_1/train_1_a/train_1_a_1.nii.gz                     original volumes, for --volumes original
     ts_seg/ts_total/{train,valid}_fixed/.../train_1_a_1.nii.gz             masks, TotalSegmentator v2 numbering
     radiology_text_reports/{train,validation}_reports.csv                  reports
-    multi_abnormality_labels/{train,valid}_predicted_labels.csv            labels (may be absent)
+    multi_abnormality_labels/{train,valid}_predicted_labels.csv            labels (may be absent, see --labels)
     metadata/no_chest_{train,valid}.txt                                    volumes that show no chest (may be absent)
     metadata/{train,validation}_metadata.csv                               for --volumes original, and for "best"
 A volume or mask that is missing is skipped, counted and listed in the manifest. What is left out on purpose (a volume
@@ -52,8 +56,9 @@ from modeling_fvlm.geometry import MAX_AXIS_COSINE, BadVolumeError
 from modeling_fvlm.processed_split import natural_key
 from modeling_fvlm.published_preparation import repair_header
 
-from .build import add_build_arguments, build, settings_from_args
-from .cases import SPLITS, Case, Row, counted, read_csv, read_label
+from .build import add_build_arguments, add_label_arguments, build, settings_from_args
+from .cases import SPLITS, Case, OrganText, Row, counted, read_csv, read_label
+from .folder_reports import check_ready_captions, read_ready_captions
 from .progress import open_source
 from .sources import Source, local_copy
 
@@ -121,6 +126,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fixed: the volumes with corrected headers. original: the uncorrected ones, with geometry and rescale "
         "from the metadata, as told above (default: fixed).",
     )
+    group.add_argument(
+        "--desc_info",
+        type=Path,
+        metavar="FILE",
+        help="desc_info.json of the published release: what the findings of a scan say of each organ, in the place of "
+        "our rules. Needs --conc_info. A scan that neither file has is skipped.",
+    )
+    group.add_argument(
+        "--conc_info",
+        type=Path,
+        metavar="FILE",
+        help="conc_info.json: what the impression says of each organ. An organ it speaks of is abnormal.",
+    )
+    add_label_arguments(parser)
     add_build_arguments(parser, organs="body_24")
 
 
@@ -517,15 +536,35 @@ def words_of(case: Case) -> tuple[str, str]:
     return " ".join(case.findings.split()), " ".join(case.impression.split())
 
 
+def with_ready_captions(
+    cases: Iterable[Case], captions: Mapping[str, Mapping[str, OrganText]], files: Sequence[Path]
+) -> list[Case]:
+    """The cases with captions that are ready, by their scan; one whose scan has none is skipped."""
+    reason = f"there are no captions of its scan in {' and '.join(file.name for file in files)}"
+    return [
+        replace(case, organ_texts=dict(captions[case.scan_id]))
+        if case.scan_id in captions
+        else replace(case, skip_reason=case.skip_reason or reason)
+        for case in cases
+    ]
+
+
 def run(args: argparse.Namespace, source: Source | None = None) -> int:
     """Build the split; a `source` that is open already (with a token of its own, say) stands for --source."""
+    check_ready_captions(args)
     source = source or open_source(args.source, args.out)
+    ready = [path for path in (args.desc_info, args.conc_info) if path is not None]
     options = {"splits": sorted(args.splits), "reconstructions": args.reconstructions}
     # Only what departs from a folder of corrected volumes, so that a build begun before these came can be continued.
     if args.volumes != "fixed":
         options["volumes"] = args.volumes
     if not source.is_local:
         options |= {"source": source.label, "revision": source.revision}
+    if ready:
+        options["ready_captions"] = [path.name for path in ready]
     settings = settings_from_args(args, "ct_rate", **options)
+    captions = read_ready_captions(*ready, settings.organ_set.organs) if ready else None
     cases = find_cases(source, args.splits, args.reconstructions, args.volumes, args.spacing[0])
+    if captions is not None:
+        cases = with_ready_captions(cases, captions, ready)
     return build(cases, settings, args)

@@ -18,6 +18,10 @@ Captions by organ as the published release has them:
     python -m data_builders folder --volumes scans --masks masks --desc_info desc_info.json \\
         --conc_info conc_info.json --organs chest_4 --out out/split
 
+Labels of CT-RATE's 18 findings out of the reports, for evaluation and for training with --targets labels:
+    python -m data_builders folder --volumes scans --masks masks --reports reports.csv --labels ct_rate_18 \\
+        --out out/split
+
 Volumes: NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd), and DICOM series as folder or zip. Masks:
 one multilabel file of the first three formats, or a folder with one file per structure under TotalSegmentator's names
 (p_1/liver.nii.gz or p_1/segmentations/liver.nii.gz); names that are no structure's are left out. Each is turned by its
@@ -38,11 +42,12 @@ Columns of the table (--table, or the CSV of reports itself); only `id` or `volu
                   wrong thing; both or neither, and not for DICOM. Subject to --rescale
     report        id of the report in --reports, or of the scan in the files of captions; default: the id or scan_id
     caption:lung, abnormal:lung    ready caption of an organ, and 1 or 0 (default: judged from the caption's words)
-    label:Pleural effusion         1, 0, -1 unknown, for evaluation
+    label:Pleural effusion         1, 0, -1 or empty unknown; of other findings --labels looks into the report
 Ids may be file names, with their ending. CSV: UTF-8, separated by commas, semicolons or tabs. What is told of broken
 input, and how each kind is mended, stands in docs/bad_input.md.
 JSON: a list of {"id", "findings", "impression"}, or {id: {...}}; with "organs": {organ: {"findings": [sentences],
-"impression": [sentences], "abnormal": true or false}} the captions are taken from there.
+"impression": [sentences], "abnormal": true or false}} the captions are taken from there, and with "labels": {finding:
+"present", "absent", "uncertain", or 1, 0, -1} the labels: the files of `decompose` are such.
 """
 
 import argparse
@@ -64,7 +69,7 @@ from modeling_fvlm.processed_split import natural_key
 from modeling_fvlm.reading import BadVolumeError, read_affine
 
 from . import segment
-from .build import Settings, add_build_arguments, build, settings_from_args
+from .build import Settings, add_build_arguments, add_label_arguments, build, settings_from_args
 from .cases import SPLITS, Case, Row, counted, nearest, read_label, resolve_inside, sort_cases
 from .folder_files import (
     STRUCTURES,
@@ -81,6 +86,7 @@ from .folder_reports import (
     Report,
     captions_of_row,
     check_caption_columns,
+    check_ready_captions,
     check_texts,
     read_all_info,
     read_ready_reports,
@@ -164,6 +170,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="Seed of that draw (default: 0).")
     segment.add_arguments(parser)
+    add_label_arguments(parser)
     add_build_arguments(parser, organs="body_24", ids="hashed")
 
 
@@ -252,9 +259,7 @@ def without_shared_volumes(cases: Sequence[Case], named: Container[str]) -> list
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Fail on impossible combinations before any file is read."""
-    if (args.desc_info is None) != (args.conc_info is None):
-        missing = "--conc_info" if args.conc_info is None else "--desc_info"
-        raise ValueError(f"--desc_info and --conc_info belong together: give {missing} as well.")
+    check_ready_captions(args)
     if args.all_info is not None and args.desc_info is not None:
         raise ValueError("--all_info holds what --desc_info and --conc_info hold: give the one or the others.")
     if not any((args.reports, args.table, args.desc_info, args.all_info)):
@@ -410,7 +415,7 @@ def read_case(row, args, settings, texts, volumes, masks, validation, table_path
         findings=report.findings,
         impression=report.impression,
         organ_texts=report.organ_texts,
-        labels=labels,
+        labels=labels + labels_of_report(report, [finding for finding, _ in labels], settings),
         skip_reason=volume.reason or mask.reason or no_series or no_report,
         rescale=rescale,
         series_uid=series_uid,
@@ -486,10 +491,18 @@ def find_report(row: Row, name: str, settings: Settings, texts: Texts, table_pat
             near = hint(wanted[0], texts.captions)
             return report, f"there are no captions of {wanted[0]!r} in {texts.caption_files}{near}"
         whole = report if report.findings or report.impression else found
-        return replace(found, findings=whole.findings, impression=whole.impression), None
+        return replace(found, findings=whole.findings, impression=whole.impression, labels=report.labels), None
     if no_report is None and not (report.findings or report.impression or report.organ_texts):
         no_report = "report is empty"
     return report, no_report
+
+
+def labels_of_report(report: Report, others: Container[str], settings: Settings) -> tuple[tuple[str, int], ...]:
+    """Labels that the JSON of reports brings, of findings that are not among the `others`."""
+    if report.labels is None:
+        return ()
+    values, findings = report.labels
+    return tuple((name, values.get(name, settings.unmentioned)) for name in findings if name not in others)
 
 
 def with_numberings_in_use(settings: Settings, cases: Sequence[Case]) -> Settings:

@@ -9,6 +9,7 @@ An organ without entry is not spoken of. Whether a caption is abnormal follows t
 impression speaks of the organ. Organs outside of the set are left out and counted.
 """
 
+import argparse
 import codecs
 import csv
 import io
@@ -25,6 +26,7 @@ from .build import Settings
 from .cases import OrganText, Row, check_columns, counted, nearest, read_cells
 from .decompose import is_abnormal_sentence, split_sentences
 from .folder_files import without_ending
+from .report_labels import ABSENT, PRESENT, UNCERTAIN
 from .summary import console
 
 OWN_COLUMNS = (
@@ -33,6 +35,7 @@ OWN_COLUMNS = (
 )
 PREFIXES = ("caption:", "abnormal:", "label:")
 TRUE_FALSE = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+LABEL_VALUES = {PRESENT: 1, ABSENT: 0, UNCERTAIN: -1, 1: 1, 0: 0, -1: -1}
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 WORKBOOK_ENDINGS = (".xlsx", ".xlsm", ".xls", ".ods")
 WORKBOOK_BEGINNINGS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
@@ -42,11 +45,16 @@ WHOLE_TEXTS = ("Findings", "Conclusion")  # keys beside the organs in the files 
 
 @dataclass(frozen=True)
 class Report:
-    """What is said of one scan: the whole text, and captions where the source brings them."""
+    """What is said of one scan: the whole text, and captions and labels where the source brings them.
+
+    Attributes:
+        labels: finding -> 1, 0 or -1, and all findings that the source has labels of anywhere.
+    """
 
     findings: str
     impression: str
     organ_texts: dict[str, OrganText] | None = None
+    labels: tuple[dict[str, int], tuple[str, ...]] | None = None
 
 
 def read_sheet(path: Path, required: Sequence[str] = ()) -> tuple[list[str], list[Row]]:
@@ -184,7 +192,10 @@ def read_reports(path: Path, settings: Settings) -> dict[str, Report]:
             texts = captions_of_row(row, path, settings)
             reports[name] = Report(row.get("findings", ""), row.get("impression", ""), texts)
         return reports
-    for name, entry in read_json(path).items():
+    entries = read_json(path)
+    labels = {name: labels_of_entry(entry, f"{path.name}, {name}") for name, entry in entries.items()}
+    findings = tuple(dict.fromkeys(finding for values in labels.values() for finding in values or ()))
+    for name, entry in entries.items():
         texts = None
         if "organs" in entry:
             texts = {}
@@ -193,8 +204,26 @@ def read_reports(path: Path, settings: Settings) -> dict[str, Report]:
                     impression, findings = (as_sentences(said.get(key)) for key in ("impression", "findings"))
                     abnormal = said.get("abnormal")
                     texts[organ] = organ_text(impression, findings, abnormal, settings)
-        reports[name] = Report(str(entry.get("findings") or ""), str(entry.get("impression") or ""), texts)
+        labelled = None if labels[name] is None else (labels[name], findings)
+        reports[name] = Report(str(entry.get("findings") or ""), str(entry.get("impression") or ""), texts, labelled)
     return reports
+
+
+def labels_of_entry(entry: dict, place: str) -> dict[str, int] | None:
+    """The labels of an entry of a JSON, finding -> 1, 0 or -1; None where it was not labelled.
+
+    Raises:
+        ValueError: If a label is no label.
+    """
+    labels = entry.get("labels")
+    if labels is None:
+        return None
+    values = {}
+    for finding, label in labels.items() if isinstance(labels, dict) else [("labels", labels)]:
+        if not isinstance(label, str | int) or label not in LABEL_VALUES:
+            raise ValueError(f"{place}: the label {finding!r} is {label!r}, which is none of {list(LABEL_VALUES)}.")
+        values[finding] = LABEL_VALUES[label]
+    return values
 
 
 def as_sentences(said: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -265,18 +294,18 @@ def captions_of_row(row: Row, path: Path, settings: Settings) -> dict[str, Organ
     return texts
 
 
-def read_ready_captions(desc: Path, conc: Path, settings: Settings) -> dict[str, dict[str, OrganText]]:
-    """Captions of the published release by scan and organ, for a builder that has the whole reports from elsewhere.
+def check_ready_captions(args: argparse.Namespace) -> None:
+    """Raise a ValueError where one of --desc_info and --conc_info is missing."""
+    if (args.desc_info is None) != (args.conc_info is None):
+        missing = "--conc_info" if args.conc_info is None else "--desc_info"
+        raise ValueError(f"--desc_info and --conc_info belong together: give {missing} as well.")
 
-    Args:
-        desc, conc: `desc_info.json` and `conc_info.json`.
-        settings: Whose organ set says which organs are wanted. An organ that is not spoken of has no entry.
 
-    Raises:
-        ValueError: As `read_ready_reports`.
+def read_ready_captions(desc: Path, conc: Path, organs: Sequence[str]) -> dict[str, dict[str, OrganText]]:
+    """Captions of the `organs` by scan, for a builder that has the whole reports from elsewhere; as
+    `read_ready_reports`. An organ that is not spoken of has no entry.
     """
-    reports = read_ready_reports(desc, conc, settings.organ_set.organs)
-    return {scan: report.organ_texts or {} for scan, report in reports.items()}
+    return {scan: report.organ_texts or {} for scan, report in read_ready_reports(desc, conc, organs).items()}
 
 
 def read_ready_reports(desc: Path, conc: Path, organs: Sequence[str]) -> dict[str, Report]:

@@ -43,9 +43,10 @@ from modeling_fvlm.reading import (
 )
 
 from .cases import Case
-from .decompose import caption_rows
+from .decompose import caption_rows, decompose_report
 from .privacy import scrub
 from .progress import AGAIN, BuildStopped, is_disk_full
+from .report_labels import label_values
 from .shards import VANISHED, BuiltRow
 from .sources import SourceGoneError, local_copy
 
@@ -186,7 +187,7 @@ def make_row(case: Case, settings: Settings, scan: PreparedScan, notes: Sequence
         ),
         "findings": case.findings,
         "impression": case.impression,
-        "labels": [{"finding": finding, "value": value} for finding, value in case.labels],
+        "labels": [{"finding": finding, "value": value} for finding, value in labels_of(case, settings)],
     }
     voxels = organ_voxels(scan.mask, len(organs))
     present = tuple(organ for organ, count in zip(organs, voxels) if count)
@@ -197,6 +198,19 @@ def make_row(case: Case, settings: Settings, scan: PreparedScan, notes: Sequence
 
         crops = list(organ_crop_rows(row, organs, settings.margin_voxels))
     return BuiltRow(case.recon_id, row, present, warnings=(*notes, *([strange] if strange else [])), organ_crops=crops)
+
+
+def labels_of(case: Case, settings: Settings) -> tuple[tuple[str, int], ...]:
+    """The labels that the source brings, then those of the other findings by the words of the report."""
+    rules = settings.finding_rules
+    if rules is None:
+        return case.labels
+    brought = {finding for finding, _ in case.labels}
+    others = [finding for finding in rules.findings if finding not in brought]
+    found = decompose_report(case.findings, case.impression, (), settings.lexicon, rules=rules).labels
+    if found is None:  # no words, or not English ones: nothing is said by what they leave out
+        return case.labels + label_values({}, others)
+    return case.labels + label_values(found, others, settings.unmentioned)
 
 
 def implausible_hu(volume: np.ndarray, mask: np.ndarray, organs: Sequence[str], voxels: np.ndarray) -> str | None:

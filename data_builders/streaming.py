@@ -63,6 +63,8 @@ class CTRateConfig(datasets.BuilderConfig):
         volumes: "fixed" (corrected headers) or "original" (geometry and rescale from the metadata).
         rescale: "auto", "apply" or "skip" a declared rescale.
         lexicon: Terms for report -> organ captions: english, or a YAML file.
+        labels: Label findings by the words of the report where the release has no labels: ct_rate_18, or a YAML file.
+        unmentioned: What such a finding is where the report does not speak of it: "unknown" or "absent".
     """
 
     source: str = "hf://datasets/ibrahimhamamci/CT-RATE"
@@ -75,6 +77,8 @@ class CTRateConfig(datasets.BuilderConfig):
     volumes: str = "fixed"
     rescale: str = "auto"
     lexicon: str = "english"
+    labels: str | None = None
+    unmentioned: str = "unknown"
 
 
 class CTRateBuilder(datasets.GeneratorBasedBuilder):
@@ -231,6 +235,7 @@ class Options(argparse.ArgumentParser):
 def ct_rate_arguments(config: CTRateConfig) -> list[str]:
     """The options of the command `ct_rate` that say the same as a config, but for the source."""
     names = ("organs", "spacing", "margin", "reconstructions", "splits", "volumes", "rescale", "lexicon")
+    names += ("labels", "unmentioned")
     return [word for name in names for word in as_words(name, getattr(config, name))]
 
 

@@ -167,6 +167,40 @@ def test_labels_may_be_absent(release, tmp_path):
     assert all(row["labels"] == [] for row in rows_of(tmp_path / "out"))
 
 
+def test_labels_that_are_missing_come_from_the_reports(release, tmp_path):
+    """The release's own are kept; findings without one, and volumes without a row, are labelled by the report."""
+    table = release / "dataset" / "multi_abnormality_labels" / "train_predicted_labels.csv"
+    write_csv(table, [{"VolumeName": "train_1_a_1.nii.gz", "Lung nodule": 0}])
+    assert run(release, tmp_path / "out", "--labels", "ct_rate_18", "--unmentioned", "absent") == 0
+    first, *others = rows_of(tmp_path / "out", columns=["labels"])
+    values = [{label["finding"]: label["value"] for label in row["labels"]} for row in (first, *others)]
+    assert len(others) == 2 and [len(of_row) for of_row in values] == [18] * 3
+    assert [of_row["Lung nodule"] for of_row in values] == [0, 1, 1]
+    assert {of_row["Emphysema"] for of_row in values} == {0}
+
+
+def test_published_captions_in_the_place_of_our_rules(release, tmp_path, capsys):
+    desc, conc = tmp_path / "desc_info.json", tmp_path / "conc_info.json"
+    desc.write_text(json.dumps({"train_1_a": {"lung": "Quite clear."}, "train_1_b": {}}))
+    conc.write_text(json.dumps({"valid_1_a": {"liver": "Large."}}))
+    arguments = ["--desc_info", str(desc), "--conc_info", str(conc)]
+    assert run(release, tmp_path / "out", *arguments, "--reconstructions", "all") == 0
+    rows = {row["recon_id"]: row for split in ("train", "validation") for row in rows_of(tmp_path / "out", split)}
+    assert rows.keys() == {"train_1_a_1", "train_1_a_2", "train_1_b_1", "valid_1_a_1"}
+    said = {name: [c["caption"] for c in row["captions"] if c["is_mentioned"]] for name, row in rows.items()}
+    assert said == {
+        "train_1_a_1": ["Quite clear."],
+        "train_1_a_2": ["Quite clear."],
+        "train_1_b_1": [],
+        "valid_1_a_1": ["Large."],
+    }
+    assert "12 mm nodule" in rows["train_1_b_1"]["findings"], "the whole report stays"
+    told = "there are no captions of its scan in desc_info.json and conc_info.json"
+    assert skipped(tmp_path / "out") == {"train_2_a_1": told}
+    assert run(release, tmp_path / "no", *arguments[:2]) == 2
+    assert "belong together: give --conc_info as well" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "told"),
     [

@@ -155,6 +155,51 @@ def test_columns_of_other_names(source, tmp_path):
     assert row["labels"] == [{"finding": "Nodule", "value": 1}]
 
 
+def values_of(row) -> dict[str, int]:
+    return {label["finding"]: label["value"] for label in row["labels"]}
+
+
+@pytest.mark.parametrize(("unmentioned", "value"), [("unknown", -1), ("absent", 0)])
+def test_labels_by_the_words_of_the_report(source, tmp_path, unmentioned, value):
+    """All findings of the rules, in the column that a table of labels fills; what the table says stays."""
+    english = "A 4 mm nodule in the right lung. No pleural effusion. Possible consolidation."
+    german = "Die Lunge ist frei und das Herz ist nicht vergrößert, kein Pleuraerguss und keine Infiltrate."
+    own = {"label:Lung nodule": "0", "label:Fracture": "1"}
+    rows = [{"id": "p_1", "findings": english, **own}, {"id": "p_2", "findings": german, **own}]
+    reports = write_csv(tmp_path / "r.csv", rows)
+    options = ["--labels", "ct_rate_18", "--unmentioned", unmentioned, "--validation_fraction", 0]
+    assert build(tmp_path / "out", *source, "--reports", reports, *options) == 0
+    first, second = (values_of(row) for row in rows_of(tmp_path / "out").values())
+    assert len(first) == 19 and first.keys() == second.keys()
+    assert (first["Lung nodule"], first["Fracture"]) == (0, 1), "the table's"
+    assert (first["Pleural effusion"], first["Consolidation"], first["Emphysema"]) == (0, -1, value)
+    assert list(second.values()) == [0, 1, *[-1] * 17], "what cannot be read says nothing by what it leaves out"
+    assert "labelled by the words of the report (rules `ct_rate_18`" in (tmp_path / "out" / "README.md").read_text()
+    assert build(tmp_path / "out", *source, "--reports", reports, "--validation_fraction", 0) == 2, "another setting"
+
+
+def test_labels_of_a_json_are_taken_as_they_are(source, tmp_path, capsys):
+    """As `decompose --labels` writes them, or as numbers; what is labelled anywhere is a column of every row."""
+    said = {
+        "p_1": {**REPORT_CELLS, "labels": {"Lung nodule": "uncertain"}},
+        "p_2": {**REPORT_CELLS, "labels": {"Gout": 1}},
+    }
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(said))
+    assert build(tmp_path / "out", *source, "--reports", path, "--validation_fraction", 0) == 0
+    assert values_of(rows_of(tmp_path / "out")["p_1"]) == {"Lung nodule": -1, "Gout": -1}
+    assert values_of(rows_of(tmp_path / "out")["p_2"]) == {"Lung nodule": -1, "Gout": 1}
+    options = ["--labels", "ct_rate_18", "--unmentioned", "absent", "--validation_fraction", 0]
+    assert build(tmp_path / "both", *source, "--reports", path, *options) == 0
+    first, second = (values_of(rows_of(tmp_path / "both")[name]) for name in ("p_1", "p_2"))
+    assert (first["Lung nodule"], first["Gout"], first["Emphysema"], second["Lung nodule"]) == (-1, 0, 0, 0)
+    path.write_text(json.dumps({"p_1": {**REPORT_CELLS, "labels": {"Gout": "perhaps"}}}))
+    assert build(tmp_path / "no", *source, "--reports", path) == 2
+    assert "r.json, p_1: the label 'Gout' is 'perhaps', which is none of ['present'," in capsys.readouterr().err
+    assert build(tmp_path / "no", *source, "--reports", path, "--unmentioned", "absent") == 2
+    assert "--unmentioned absent is for --labels: give that as well" in capsys.readouterr().err
+
+
 def test_ready_captions_in_columns(source, tmp_path):
     cells = {
         "caption:lung": "Clear lungs.",

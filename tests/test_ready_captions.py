@@ -48,7 +48,7 @@ def files(tmp_path):
 
 def test_an_organ_is_abnormal_if_the_impression_speaks_of_it(files, capsys):
     """By the published rule: the findings' nodule is not, whatever its words; an entry that holds nothing is none."""
-    captions = read_ready_captions(*files, settings_of())
+    captions = read_ready_captions(*files, settings_of().organ_set.organs)
     assert captions == {
         "train_1_a": {
             "lung": OrganText((), ("Lungs are clear.",), False),
@@ -68,7 +68,7 @@ def test_every_published_caption_and_flag(shared_dir, tmp_path):
     paths = [write_json(tmp_path / f"{name}.json", golden[name]) for name in ("desc_info", "conc_info")]
     settings = settings_of(preprocessing="published")
     organs = settings.organ_set.organs
-    captions = read_ready_captions(*paths, settings)
+    captions = read_ready_captions(*paths, organs)
     assert captions.keys() == golden["annotation"].keys()
     fork = read_all_info(write_json(tmp_path / "all_info.json", golden["annotation"]), organs)
     for scan, published in golden["annotation"].items():
@@ -87,7 +87,7 @@ def test_the_fault_of_the_published_rule_is_left_to_the_published_preparation(sh
     organs = settings.organ_set.organs
     fork = read_all_info(write_json(tmp_path / "all_info.json", golden["annotation"]), organs)
     assert golden["annotation"]["train_4_a"]["lung"] == "."
-    for texts in (read_ready_captions(*paths, settings)["train_4_a"], fork["train_4_a"].organ_texts):
+    for texts in (read_ready_captions(*paths, organs)["train_4_a"], fork["train_4_a"].organ_texts):
         lung = caption_rows("", "", organs, settings.lexicon, texts)[organs.index("lung")]
         assert lung["caption"] == normal_caption("lung") and not lung["is_abnormal"] and not lung["is_mentioned"]
 
