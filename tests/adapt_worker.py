@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+from launching import leave  # noqa: E402
 from tiny_training import tiny_rows, tiny_trainer  # noqa: E402
 
 LORA = {"lora": ["vision", "text"], "lora_rank": 2}
@@ -44,7 +45,7 @@ def main(folder: Path) -> None:
         assert trainer.args.world_size == 2 and type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
         if trainer.is_world_process_zero():
             save_file(trained_weights(trainer), folder / f"{name}.safetensors")
-    trainer.end()
+    leave()
 
 
 if __name__ == "__main__":

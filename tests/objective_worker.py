@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+from launching import leave  # noqa: E402
 from test_objective_training import losses, states_of, trained  # noqa: E402
 
 # name -> kind of objective, and what else is set; both with contrasts of 8
@@ -51,7 +52,7 @@ def main(folder: Path) -> None:
         logs.append(losses(trainer))
     if trainer.is_world_process_zero():
         (folder / "resume.json").write_text(json.dumps(logs))
-    trainer.end()
+    leave()
 
 
 if __name__ == "__main__":

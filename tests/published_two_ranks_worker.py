@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 from golden_training import golden_trainer, load_tiny_train, losses  # noqa: E402
+from launching import leave  # noqa: E402
 
 from training_fvlm.published_weights import to_published_state_dict  # noqa: E402
 
@@ -34,7 +35,7 @@ def main(shared_dir: Path, folder: Path) -> None:
             save_file({key: value.contiguous() for key, value in weights.items()}, folder / f"{name}.safetensors")
             facts = {"world_size": trainer.args.world_size, "losses": losses(trainer)}
             (folder / f"{name}.json").write_text(json.dumps(facts | {"temperatures": recorder.temperatures}))
-    trainer.end()
+    leave()
 
 
 if __name__ == "__main__":

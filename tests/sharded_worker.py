@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+from launching import leave  # noqa: E402
 from tiny_training import tiny_rows, tiny_trainer  # noqa: E402
 
 # name -> its settings, for one process; no dropout: captions that share a row would get other masks on two.
@@ -101,12 +102,7 @@ def main(folder: Path, names: list[str]) -> None:
     losses = [] if names else resumed_losses(folder / "resumed")
     if trainer.is_world_process_zero():
         (folder / "resumed.json").write_text(json.dumps(losses))
-    # Everything is written. Now and then a thread of gloo, under a mesh of FSDP2, is still there when Python or the
-    # process group is taken down, and the process aborts: leave without taking anything down.
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from launching import CONFIGS, environment, free_port, launch
 from safetensors.torch import load_file
 from sharded_worker import CASES, run_case
 from tiny_split import TINY_RECIPE, write_tiny_split
@@ -27,7 +27,7 @@ from training_fvlm.arguments import DataArguments, FVLMTrainingArguments, Settin
 from training_fvlm.scaling import check_launch, check_sharding, describe_launch, prepare_for_sharding, wrapped_classes
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "hub_configs" / "accelerate"
+WORKER = ROOT / "tests" / "sharded_worker.py"
 # name -> type and number of processes
 TYPES = {
     "one_gpu": (DistributedType.NO, 1),
@@ -44,17 +44,6 @@ def launched(name, *words):
     command = ["--config_file", str(CONFIGS / f"{name}.yaml"), *words, "train_fvlm.py"]
     args, config, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     return args, config
-
-
-def free_port() -> str:
-    """A port of this test's own: several test processes of one machine may start launchers at the same time."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
 # Configurations
@@ -120,11 +109,7 @@ def test_deepspeed_reaches_the_plugin(monkeypatch, stage):
 def two(tmp_path_factory) -> Path:
     """Folder with what two processes saw under FSDP2 in each case."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "fsdp2.yaml")]
-    command = [*launch, "--num_processes", "2", "--main_process_port", free_port()]
-    command += [str(ROOT / "tests" / "sharded_worker.py"), str(folder)]
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr[-4000:]
+    launch("fsdp2", 2, WORKER, folder)
     return folder
 
 
@@ -190,12 +175,9 @@ def test_parameters_without_an_axis_get_one_for_deepspeed(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs pip install deepspeed")
 @pytest.mark.parametrize("stage", [1, 3])
 def test_deepspeed_trains_to_the_weights_of_one_process(tmp_path, stage):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"zero{stage}.yaml")]
-    command = [*launch, "--num_processes", "2", "--main_process_port", free_port()]
-    command += [str(ROOT / "tests" / "sharded_worker.py"), str(tmp_path / "two"), "plain", "gradient cache"]
-    run = subprocess.run(command, env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr[-4000:]
-    for name in ("plain", "gradient cache"):
+    names = ("plain", "gradient cache")
+    launch(f"zero{stage}", 2, WORKER, tmp_path / "two", *names, timeout=900, DS_ACCELERATOR="cpu")
+    for name in names:
         facts = json.loads((tmp_path / "two" / f"{name}.json").read_text())
         assert facts["world_size"] == 2 and facts["wrapper"] == "DeepSpeedEngine"
         trainer, _, _ = run_case(name, tmp_path / name)
@@ -264,7 +246,7 @@ def test_launchers_that_say_nothing_are_found_out(tmp_path):
     }
     runs = {}
     for message, words in told.items():
-        command = [sys.executable, "-m", "accelerate.commands.launch", *words, "--main_process_port", free_port()]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *words, "--main_process_port", str(free_port())]
         command += [str(ROOT / "train_fvlm.py"), "--recipe", str(tmp_path / "tiny.yaml"), "--data", "not-there"]
         command += ["--output_dir", str(tmp_path / "run")]
         runs[message] = subprocess.Popen(
@@ -338,7 +320,7 @@ def cluster(tmp_path):
 
 
 def start_job(cluster, tmp_path, *words: str) -> subprocess.Popen:
-    variables = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": str(int(free_port()) - 20000), "SLURM_NNODES": "2"}
+    variables = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": str(free_port() - 20000), "SLURM_NNODES": "2"}
     variables |= {"SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "1", "ASKED": str(tmp_path / "asked")}
     variables |= {"PATH": f"{cluster}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
@@ -369,7 +351,7 @@ def test_two_launchers_meet_and_train_together(cluster, tmp_path):
 def test_a_job_that_was_told_to_stop_goes_back_into_the_queue(cluster, tmp_path):
     # In place of the launcher: it notes its arguments, and ends with an error when its process has got the signal.
     training = "import os, signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); "
-    training += "open(sys.argv[1], 'w').write(f'{os.getpid()} '); time.sleep(60)"
+    training += "open(sys.argv[1], 'w').write(f'{os.getpid()} '); time.sleep(150)"
     (cluster / "accelerate").write_text(
         "#!/bin/bash\n"
         f'echo "$@" >> {tmp_path}/launched-$SLURM_NODEID\n'
@@ -379,12 +361,13 @@ def test_a_job_that_was_told_to_stop_goes_back_into_the_queue(cluster, tmp_path)
         "exit 1\n"
     )
     job = start_job(cluster, tmp_path, "--recipe", "full_size")
-    deadline = time.monotonic() + 30
-    while not all((tmp_path / f"asked-pid-{node}").exists() for node in (0, 1)):
+    deadline = time.monotonic() + 120
+    told = [tmp_path / f"asked-pid-{node}" for node in (0, 1)]
+    while not all(path.exists() and path.read_text() for path in told):  # first the file is there, then the number
         assert time.monotonic() < deadline, "the launchers were not started"
         time.sleep(0.05)
     os.kill(job.pid, signal.SIGUSR1)
-    output, _ = job.communicate(timeout=30)
+    output, _ = job.communicate(timeout=120)
     asked = (tmp_path / "asked").read_text()
     assert job.returncode == 0 and "scancel --signal=USR1" in asked and "scontrol requeue" in asked, output
     for node in (0, 1):

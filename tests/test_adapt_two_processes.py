@@ -1,32 +1,21 @@
 """LoRA and freezing on two processes (gloo, started by `accelerate launch`): the weights of one process."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from adapt_worker import CASES, run_case, trained_weights
+from launching import launch
 from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("adapt_worker.py")
-CPU_TWO = WORKER.parents[1] / "hub_configs" / "accelerate" / "cpu_two.yaml"
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     """Folder with what two processes had at the end of each case."""
     folder = tmp_path_factory.mktemp("two")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU_TWO)]
-    command = [*launch, "--main_process_port", str(port), str(WORKER), str(folder)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr[-4000:]
+    launch("cpu_two", 2, WORKER, folder, ACCELERATE_USE_CPU="true")
     return folder
 
 

@@ -5,31 +5,20 @@ temperature's, which every rank computes whole.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import launch
 from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("published_two_ranks_worker.py")
-CPU_TWO = WORKER.parents[1] / "hub_configs" / "accelerate" / "cpu_two.yaml"
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, shared_dir) -> Path:
     """Folder with what two ranks saw."""
     folder = tmp_path_factory.mktemp("published_two")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU_TWO)]
-    command = [*launch, "--main_process_port", str(port), str(WORKER), str(shared_dir), str(folder)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290)
-    assert run.returncode == 0, run.stderr[-4000:]
+    launch("cpu_two", 2, WORKER, shared_dir, folder, ACCELERATE_USE_CPU="true")
     return folder
 
 

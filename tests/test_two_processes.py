@@ -1,46 +1,32 @@
 """Two processes with half the batch each (gloo, started by `accelerate launch`) against one with the whole batch."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from safetensors.torch import load_file
 from two_process_worker import CASES, RESUMES, run_case
 
 WORKER = Path(__file__).with_name("two_process_worker.py")
 OF_FOUR = ("cached", "cached, one rank has no whole organ")
-CPU_TWO = WORKER.parents[1] / "hub_configs" / "accelerate" / "cpu_two.yaml"
-
-
-def launch(folder: Path, num_processes: int, *names: str) -> Path:
-    """Run the worker's cases on so many processes; the folder with what they saw."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    # A port of its own: two test processes of one machine may come here at the same time.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU_TWO)]
-    command += ["--num_processes", str(num_processes), "--main_process_port", str(port), str(WORKER), str(folder)]
-    run = subprocess.run([*command, *names], env=environment, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return folder
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     """What two processes saw in each case."""
-    return launch(tmp_path_factory.mktemp("two"), 2)
+    folder = tmp_path_factory.mktemp("two")
+    launch("cpu_two", 2, WORKER, folder, ACCELERATE_USE_CPU="true")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> Path:
     """What four processes saw in those cases whose batch they can share."""
-    return launch(tmp_path_factory.mktemp("four"), 4, *OF_FOUR)
+    folder = tmp_path_factory.mktemp("four")
+    launch("cpu_two", 4, WORKER, folder, *OF_FOUR, ACCELERATE_USE_CPU="true")
+    return folder
 
 
 def read(folder: Path, name: str) -> dict:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+from launching import leave  # noqa: E402
 from tiny_split import tiny_row  # noqa: E402
 from tiny_training import tiny_rows, tiny_trainer  # noqa: E402
 
@@ -93,9 +94,7 @@ def main(folder: Path, names: list[str]) -> None:
             facts = {"world_size": trainer.args.world_size, "wrapper": type(trainer.model_wrapped).__name__}
             facts |= {"log": [line for line in trainer.state.log_history if "loss" in line], "eval": metrics}
             (folder / f"{name}.json").write_text(json.dumps(facts))
-    if names:
-        return
-    for name, settings in RESUMES.items():
+    for name, settings in () if names else RESUMES.items():
         run = folder / f"run {name}"
         whole = tiny_trainer(run, tiny_rows(12), **settings)
         whole.train()
@@ -106,7 +105,7 @@ def main(folder: Path, names: list[str]) -> None:
             (folder / f"resume {name}.json").write_text(json.dumps(logs))
             for each, kind in ((whole, "whole"), (resumed, "resumed")):
                 save_file(each.model.state_dict(), folder / f"resume {name} {kind}.safetensors")
-    resumed.end()
+    leave()
 
 
 if __name__ == "__main__":
