@@ -75,6 +75,7 @@ def tiny_trainer(
     model, processor = tiny_model(rows, dropout=dropout, text_dropout=text_dropout, **(fields or {}))
     defaults = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 3, "max_steps": 2, "logging_steps": 1}
     defaults |= {"learning_rate": 2e-3, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "seed": 0}
+    defaults |= {"logging_first_step": False}
     args = FVLMTrainingArguments(output_dir=str(output_dir), **(defaults | arguments))
     dataset = dataset_of(rows, caption_rows)
     options = objective_options(args, model.config, finding_task)

@@ -321,7 +321,14 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
     warmup_start_lr: float = field(default=1e-6, metadata={"help": "First learning rate of --lr_schedule published."})
     min_lr: float = field(default=1e-6, metadata={"help": "Where the cosine of --lr_schedule published ends."})
     logging_steps: float = field(
-        default=20, metadata={"help": "Optimizer steps per log line and per row of organ_losses.csv. Trainer: 500."}
+        default=20,
+        metadata={
+            "help": "Optimizer steps per log line and per row of organ_losses.csv; the last step has one in any case. "
+            "Trainer: 500."
+        },
+    )
+    logging_first_step: bool = field(
+        default=True, metadata={"help": "A log line after the first step: chance, before anything was learned."}
     )
     alarm_steps: int = field(
         default=200,
@@ -406,6 +413,8 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
             super().__post_init__()
         except ValueError as error:  # bf16 without a GPU, a strategy without its steps ...
             raise SettingsError(str(error)) from error
+        if self.logging_strategy == "no":
+            self.logging_first_step = False
         self._settle_contrast()
         if self.remove_unused_columns or not self.dataloader_drop_last:
             raise SettingsError(

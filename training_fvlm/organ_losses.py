@@ -71,6 +71,11 @@ class OrganLossRow:
     retrieval: float = math.nan
     retrieval_chance: float = math.nan
 
+    @property
+    def learned(self) -> float:
+        """Share of the way from chance to the floor; NaN where it was not active, or there is no way to go."""
+        return (self.chance - self.loss) / (self.chance - self.floor) if self.chance > self.floor else math.nan
+
 
 COLUMNS = tuple(entry.name for entry in fields(OrganLossRow))
 NUMBERS = COLUMNS[3:]

@@ -127,11 +127,7 @@ def _is_rising(shares: Sequence[float]) -> bool:
 
 def learned(rows: Sequence[OrganLossRow]) -> dict[str, float]:
     """Organ -> share of the way from chance to the floor, of those that entered."""
-    return {
-        row.organ: (row.chance - row.loss) / (row.chance - row.floor)
-        for row in rows
-        if row.active and row.chance > row.floor
-    }
+    return {row.organ: row.learned for row in rows if row.active and row.chance > row.floor}
 
 
 def indistinct_captions(trainer: Any) -> list[str]:

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import IntervalStrategy, speed_metrics
 
 from modeling_fvlm.loss import OrganLoss, organ_contrastive_loss
 from modeling_fvlm.pipeline_fvlm import save_for_hub
@@ -49,6 +49,7 @@ from .gradient_cache import GradientCache
 from .gradient_norms import GradientNorms
 from .hub import PushCallback, PushingTrainer
 from .label_task import LabelTask
+from .log_line import LogLine
 from .objective import Objective, Terms
 from .organ_losses import EVAL_FILE, TRAIN_FILE, OrganLossFile, OrganLossRow, OrganLossWindow, mean_over_rows
 from .organ_sampling import BalancedSampler, read_abnormal_captions
@@ -127,6 +128,7 @@ class FVLMTrainer(PushingTrainer, DurableTrainer):
         self.gradient_norms = self.extra_state["gradient_norms"] = GradientNorms()
         self.alarm = ChanceAlarm(organs, args.alarm_steps, args.group_size)
         self.logged_rows: list[OrganLossRow] = []  # of the last log line
+        self.evaluated_rows: list[OrganLossRow] = []  # of the last evaluation
         self.watch.organs = organs
         self.temperature = math.nan
         self.step_organs: list[Tensor] = []  # of each micro-batch since the last optimizer step: the active organs
@@ -150,6 +152,7 @@ class FVLMTrainer(PushingTrainer, DurableTrainer):
         self.train_file = OrganLossFile(os.path.join(args.output_dir, TRAIN_FILE))
         self.eval_file = OrganLossFile(os.path.join(args.output_dir, EVAL_FILE))
         self.add_callback(_RunBookkeeping(self))
+        LogLine(self)
         self.clock = self.extra_state["clock"] = TrainingClock()
         self.add_callback(self.clock)
         if args.push_to_hub:
@@ -541,7 +544,7 @@ class FVLMTrainer(PushingTrainer, DurableTrainer):
                 organ_loss, caption_embeds[group], *identity, image_embeds=image_embeds[group], with_retrieval=True
             )
             losses.append(float(organ_loss.loss))
-        rows = window.rows(self.state.global_step, self.state.epoch or 0.0)
+        rows = self.evaluated_rows = window.rows(self.state.global_step, self.state.epoch or 0.0)
         if self.is_world_process_zero():
             self.eval_file.append(rows)
         summary = {f"{prefix}_{name}": value for name, value in _summary(rows).items()}
@@ -641,6 +644,8 @@ class _RunBookkeeping(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.end_step()
+        if state.global_step >= state.max_steps and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True  # a short run has no other line
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # Accelerate tells the sampler the epoch itself, but loses sight of it behind two wrappers: in the first epoch
