@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from dying import run
+from launching import environment, free_port
 from tiny_split import TINY_RECIPE, tiny_row, write_tiny_split
 
 import train_fvlm
@@ -57,7 +57,7 @@ def outcome(out: Path) -> dict:
 def undisturbed(work):
     assert run(command(work, work / "undisturbed")) == 0
     found = outcome(work / "undisturbed")
-    assert len(found["log"]) == STEPS // 3 + 1 and len(found["model.safetensors"]) > 10_000
+    assert len(found["log"]) == STEPS // 3 + 2 and len(found["model.safetensors"]) > 10_000
     return found
 
 
@@ -89,14 +89,28 @@ def line(work: Path, out: Path, *words: str) -> list[str]:
     return [sys.executable, str(ROOT / "train_fvlm.py"), *command(work, out, *words)]
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+@pytest.fixture
+def start():
+    """Starts commands; those that a failed test leaves behind are ended."""
+    processes = []
+
+    def start(words: list[str], **more: str) -> subprocess.Popen:
+        options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        processes.append(subprocess.Popen(words, env=environment(**more), **options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, *processes: subprocess.Popen, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, f"ended with {process.returncode} too early"
+        for process in processes:
+            assert process.poll() is None, f"ended with {process.returncode} too early: {process.stderr.read()[-3000:]}"
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
 
@@ -150,10 +164,10 @@ def stopped_step(out: Path) -> int:
     ("number", "whom"),
     [(signal.SIGUSR1, "process"), pytest.param(signal.SIGTERM, "group", marks=pytest.mark.slow)],
 )
-def test_the_command_stops_for_a_requeue(work, tmp_path, number, whom):
+def test_the_command_stops_for_a_requeue(work, tmp_path, start, number, whom):
     """In the group are the workers of the data loader, too: they must not die of it."""
     words = line(work, tmp_path, *LONG, "--dataloader_num_workers", "1")
-    process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = start(words)
     table = tmp_path / TRAIN_FILE
     wait_for(lambda: table.is_file() and len(table.read_text().splitlines()) > 4, process)
     (os.kill if whom == "process" else os.killpg)(process.pid, number)
@@ -170,29 +184,15 @@ def test_the_command_stops_for_a_requeue(work, tmp_path, number, whom):
     assert weights[0] == weights[1]
 
 
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_two_processes_of_which_one_is_told(work, tmp_path, port, number):
+def test_two_processes_of_which_one_is_told(work, tmp_path, start, number):
     """As a batch system starts them, without a launcher; the second process alone gets the signal."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"ACCELERATE_USE_CPU": "true"}
     words = line(work, tmp_path, *LONG, "--per_device_train_batch_size", "2")
-    processes = [
-        subprocess.Popen(
-            words,
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    processes = [start(words, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
     table = tmp_path / TRAIN_FILE
-    wait_for(lambda: table.is_file() and len(table.read_text().splitlines()) > 4, processes[0])
+    wait_for(lambda: table.is_file() and len(table.read_text().splitlines()) > 4, *processes)
     processes[1].send_signal(number)
     said = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [EXIT_STATUS, EXIT_STATUS], said
