@@ -36,6 +36,7 @@ ABBREVIATION = re.compile(
     r"|\b(?:dr|prof)\.? [A-Z]|(?<=[A-Z]\. )[A-Z]|^[A-Z])\.$",
     re.IGNORECASE,
 )
+LONGEST_ABBREVIATION = 12  # characters, with what has to stand before it
 NUMBERED = re.compile(r"\b(?:no|nr|image|im|series|se|grade|type|stage|figure|fig|slice|level)\.$", re.IGNORECASE)
 WHOLE_WORD = re.compile(r"\b[a-z]{3,}(?:ed|al|ng|es|ion|um|ss|ht|ft|en|ly|us|as|ys|nd|nt|ts)[.?!]$")  # no abbreviation
 ORDINAL = re.compile(r"(?:^|[\s(])\d{1,2}\.$")
@@ -58,6 +59,8 @@ OPEN_END = re.compile(
     r"|that|which|into|near|within|between|through|measuring|measures|left|right|upper|lower|approximately|about|up))$",
     re.IGNORECASE,
 )
+
+CAPITAL_HEADING = re.compile(r"[A-Z][A-Z /&,()-]{2,40}:(?!\d)")  # "BONES:" ends even a line that was cut off
 
 # Items that stand on one line with a wide gap between them, and no stop.
 WIDE_GAP = re.compile(r"(?<=[a-z0-9)\]?%])(?: {2,}|\t+ *)(?=[A-Z])")
@@ -88,6 +91,7 @@ SECTION_HEADER = re.compile(
     rf"(?:[ \t]*:(?!\d)[ \t]*-?|[ \t]*(?=\n|\Z)|[ \t]+[-–—][ \t]+)",
     re.IGNORECASE,
 )
+FURTHER = re.compile(r"other|additional|incidental", re.IGNORECASE)  # "Other findings:" come behind the findings
 OTHERS_END = re.compile(r"(?<=\S)[ \t]*\n\s*(?=[^\sa-z])")
 SENTENCE_END = re.compile(r"(?<=[a-z\d]{2}\.)\s+(?=[A-Z])")
 DASHED_HEADER = re.compile(r"[-–—]\s*$")
@@ -157,7 +161,9 @@ def split_sections(text: str, default: str) -> Iterator[tuple[str, str]]:
     """(section, its text) in the order of the text; what stands before the first header belongs to `default`."""
     kind, start = default, 0
     headers = list(SECTION_HEADER.finditer(text))
-    names_findings = any(section_of(header["name"]) == "findings" for header in headers)
+    names_findings = any(
+        section_of(header["name"]) == "findings" and not FURTHER.match(header["name"]) for header in headers
+    )
     for header in headers:
         if DASHED_HEADER.search(header[0]) and ":" not in header[0] and not header["name"].isupper():
             continue  # "No findings - stable" and the like
@@ -220,11 +226,12 @@ def goes_on(before: str, after: str, starts_small: bool) -> bool:
     """Whether a stop between these words and this character ends no sentence."""
     if not after:
         return False
-    if ABBREVIATION.search(before) or (after.isdigit() and NUMBERED.search(before)):
+    end = before[-LONGEST_ABBREVIATION:]  # a search from further back finds nothing else, and takes its time
+    if not end[-2:-1].isdigit() and ABBREVIATION.search(end) or (after.isdigit() and NUMBERED.search(end)):
         return True
     if after.islower() and not (starts_small or WHOLE_WORD.search(before)):
         return True
-    return not after.isupper() and bool(ORDINAL.search(before))  # "the 4. and 5. rib"
+    return not after.isupper() and bool(ORDINAL.search(before[-4:]))  # "the 4. and 5. rib"
 
 
 def list_items(text: str) -> Iterator[tuple[str, bool]]:
@@ -259,7 +266,7 @@ def unwrap(block: str) -> Iterator[str]:
 
 def joins(line: str, following: str, is_capitals: bool, longest: int) -> bool:
     """Whether a line goes on in the next one."""
-    if LIST_MARK.match(following):
+    if LIST_MARK.match(following) or CAPITAL_HEADING.match(following):
         return False
     if line[-1] in ".?!:":
         return following[0].islower() and line[-1] != ":"

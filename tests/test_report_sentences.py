@@ -45,6 +45,7 @@ def test_how_many_sentences(text, expected):
         ("Lungs clear; no effusion\nTrachea midline\nHeart enlarged", 3),
         ("* Cyst\n• Stone\n– Mass\n> Hernia", 4),
         ("Lesions measuring\n12 and 14 mm.", 1),
+        ("CHEST WALL: Seroma of 8 cm,\nBONES: No lesion.\nPLEURA: Fluid in the\nLYMPH NODES: None.", 4),
     ],
 )
 def test_wrapped_lines_and_lines_of_their_own(text, expected):
@@ -67,6 +68,9 @@ def test_headers_inside_one_text():
     # Without a header of findings they begin with the next line.
     found = report_sentences("TECHNIQUE: CT with\ncontrast.\nLUNGS: Clear.\nCONCLUSION\nNormal.", "")
     assert texts_of(found.findings) == ["LUNGS: Clear."] and texts_of(found.impression) == ["Normal."]
+    # "Other findings" are not where they begin.
+    found = report_sentences("Comparison: CT of May.\nTarget lesions:\n- Cyst of 2 cm.\nOther findings:\nStone.", "")
+    assert texts_of(found.findings) == ["Target lesions:", "Cyst of 2 cm.", "Stone."]
     # A text of the impression may hold findings; words in a sentence are no headers.
     found = report_sentences("Findings consistent with cysts.", "Findings: Cyst. Impression: Benign.")
     assert texts_of(found.findings) == ["Findings consistent with cysts.", "Cyst."]
