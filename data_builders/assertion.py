@@ -30,6 +30,13 @@ BOUND_WITH = re.compile(
     r"|correlat\w*|in line|agreement|concordant|relation|surrounded|covered|patient|seen|contiguous"
     r"|continuous|neighborhood)$"
 )
+# "the right and left lobe", "small and large bowel": two modifiers of one noun.
+MODIFIER = (
+    r"(?:right|left|upper|middle|lower|small|large|proximal|mid|distal|anterior|posterior|medial|lateral|superior|inferior"
+    r"|central|peripheral|solid|cystic|deep|superficial|ascending|transverse|descending|internal|external|intra|extra)"
+)
+ENDS_IN_MODIFIER = re.compile(rf"\b{MODIFIER}$")
+MODIFIER_AHEAD = re.compile(rf"{MODIFIER}\b")
 BARE_VERB = re.compile(r"\b(?:is|are|was|were|remains?)$")
 RELATIVE = re.compile(r"\b(?:that|which|who|whose|where)\s(?:\w+\s)?$")
 # A piece that begins so is a statement of its own behind a denied one: "no effusion, mild atelectasis".
@@ -38,6 +45,19 @@ ANEW = re.compile(
     r"|minor|small|tiny|large|severe|marked|slight|slightly|trace|new|stable|unchanged|chronic|old|diffuse|scattered|patchy"
     r"|status|post|s/p|known|both|bilateral|left|right|possible|probable|likely|increased|decreased|old|healed|subtle|one|two"
     r"|three|prior|prominent|previous|otherwise|normal|\d)\b"
+)
+# Unless the list goes on to an "or": these are also said of what is denied, "no nodule, large mass or cavity".
+ANEW_IN_OPEN_LIST = re.compile(
+    r"(?:multiple|numerous|large|severe|marked|new|chronic|diffuse|discrete|possible|probable|increased|decreased|prominent)\b"
+)
+CLOSES_LIST = re.compile(r"\b(?:or|nor)\b")
+NEXT_NEGATION = re.compile(r"\b(?:no|without|not)\b")
+OWN_PLACE = re.compile(r"\s(?:in|at|on|within|along|throughout|around|over|involving|adjacent to|up to)\s(?!either\b)")
+# One of these without an article goes on with the "no" of the first: "no nodule, mass in the lungs".
+BARE_SINGULAR = re.compile(
+    r"\b(?:nodule|mass|lesion|cyst|fracture|stone|calculus|focus|tumou?r|aneurysm|collection|abscess|polyp|hernia"
+    r"|lymph node|dissection|dislocation|laceration|thrombus|defect|injury)"
+    r"(?= (?:in|at|on|within|along|throughout|around|over|involving|adjacent)\b|$)"
 )
 # So does what is said of a subject named before: "the lungs, which show no nodule, are hyperinflated".
 ANEW_OF_SUBJECT = re.compile(r"(?:which |that )?(?:is|are|was|were|has|have|shows?|contains?|demonstrates?|appears?)\b")
@@ -53,7 +73,7 @@ EXISTS = re.compile(
 )
 ELIDED = re.compile(r"\s*(?:which|that)?\s*(?:(?:is|are|was|were|has|have|had|been|be|now|today|currently|also)\s*)*$")
 NONE_BEHIND_COLON = re.compile(
-    r":\s*(?:none|absent|nil|negative|no|not (?:seen|present|identified|observed|detected))"
+    r":\s*(?:none|absent|nil|negative|no|0(?![.,]\d)|zero|not (?:seen|present|identified|observed|detected))"
     r"(?: (?:seen|present|identified|enlarged))?\s*(?=[.;,]|$)"
 )
 DEVICE = re.compile(
@@ -146,6 +166,12 @@ class Assertions:
                 continue
             if match[0].isspace() and BARE_VERB.search(self.work[max(0, start - 10) : start]):
                 continue  # "are without injury" is one statement
+            if (
+                match[0].strip() == "and"
+                and MODIFIER_AHEAD.match(self.work, end)
+                and ENDS_IN_MODIFIER.search(self.work[max(0, start - 12) : start])
+            ):
+                continue
             cuts.append((start, end, False))
         cuts.sort()
         pieces, begin = [], 0
@@ -227,7 +253,11 @@ class Assertions:
     def begins_anew(self, piece: Piece, has_verb: bool) -> bool:
         """Whether a piece behind a denied one is a statement of its own."""
         text = self.work[piece.start : piece.end].strip()
-        if ANEW.match(text) or (has_verb and self.has_verb(piece.start, piece.end)):
+        if ANEW.match(text) and not (ANEW_IN_OPEN_LIST.match(text) and self.goes_on_to_or(piece)):
+            return True
+        if has_verb and self.has_verb(piece.start, piece.end):
+            return True
+        if self.is_open_item(piece, text):
             return True
         if self.patterns["normal"].match(text):
             return True
@@ -242,6 +272,25 @@ class Assertions:
             return False
         rest = self.work[place : piece.end]
         return bool(self.patterns["normal"].search(rest)) or bool(STATE_AT_END.search(rest) and not has_verb_seen(rest))
+
+    def is_open_item(self, piece: Piece, text: str) -> bool:
+        """Whether an item of a list without an "or" has its own place or size: "no effusion, scars in the apex"."""
+        return bool(
+            (OWN_PLACE.search(text) or SIZE.search(text))
+            and self.work[: piece.start].endswith(", ")
+            and self.patterns["abnormal"].search(text)
+            and not BARE_SINGULAR.search(text)
+            and not self.patterns["seen"].search(text)
+            and not self.goes_on_to_or(piece)
+        )
+
+    def goes_on_to_or(self, piece: Piece) -> bool:
+        """Whether the list with this piece ends in "or": all of it is denied."""
+        number = self.piece_at(piece.start)
+        while not self.pieces[number].is_firm and number + 1 < len(self.pieces):
+            number += 1
+        rest = self.work[piece.start : self.pieces[number].end]
+        return bool(CLOSES_LIST.search(NEXT_NEGATION.split(rest, maxsplit=1)[0]))
 
     def reach_back(self, match: re.Match) -> int:
         number = self.piece_at(match.start())
@@ -328,6 +377,18 @@ class Assertions:
             relative = re.match(r"(?:which|that|who|without)\b", self.text[following.start : following.end])
             if is_list or relative or (says is not None and place is not None and place < says):
                 statuses[number] = statuses[number + 1]
+        for number, piece in enumerate(self.pieces[:-1]):  # "the liver and the spleen have not changed and are normal"
+            following = self.pieces[number + 1]
+            if (
+                statuses[number] is Status.STATEMENT
+                and statuses[number + 1] is Status.NORMAL
+                and not piece.is_firm
+                and ANEW_OF_SUBJECT.match(self.work, following.start)
+            ):
+                first = number
+                while first and not self.pieces[first - 1].is_firm and statuses[first - 1] is Status.STATEMENT:
+                    first -= 1
+                statuses[first : number + 1] = [Status.NORMAL] * (number + 1 - first)
         for number, piece in enumerate(self.pieces[:-1]):  # "liver, spleen, pancreas: normal"
             if statuses[number] is Status.NONE and self.text[piece.end : piece.end + 1] == ":":
                 first = number

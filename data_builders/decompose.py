@@ -4,7 +4,8 @@
 (2) the words of a sentence are compared with the terms of a lexicon (hub_configs/lexicon), the longest term first, so
     that "aortic valve" is the heart's and "subcutaneous emphysema" nobody's; an organ named for orientation only
     ("adjacent to the aorta"), or as the place of a lymph node, does not count
-(3) terms that say little by themselves ("nodule") count where the sentence names no other place
+(3) terms that say little by themselves ("nodule") count where the sentence names no other place, and some of them
+    ("hemorrhage", the brain's) only in reports that speak of the organ
 (4) a sentence that names nothing speaks of the heading it stands under ("LIVER:"), of what it refers back to ("it",
     "the effusion", "on the left"), or of what the one before spoke of, if only that can be meant ("no focal lesion")
 (5) an organ is abnormal if a clause about it states a finding (assertion)
@@ -12,6 +13,7 @@ Sentences that name no organ of the set are left out of the captions (the whole 
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +43,7 @@ DETERMINERS = frozenset(
         " posterior superior inferior visceral parietal outer inner unopacified adjacent"
     )
 )
+ARTICLES = frozenset(["the", "a", "an", "it", "his", "her", "their", "this"])
 SIDES = {
     **dict.fromkeys(("left", "lt", "lul", "lll", "lingula", "lingular"), "left"),
     **dict.fromkeys(("right", "rt", "rul", "rml", "rll"), "right"),
@@ -91,7 +94,8 @@ SPARED = re.compile(
     r"\bnot (?:\w+ly )?(?:inva|infiltrat|involv|contact|abut|encas|compress|reach|cross|touch|extend|affect)"
 )
 RESETTING = re.compile(
-    r"\b(?:other|others|misc|miscellaneous|additional|incidental|note|comment|addendum|findings?|impression|extra\w+)\b"
+    r"\b(?:other|others|misc|miscellaneous|additional|incidental|note|comment|addendum|findings?|impression|extra\w+"
+    r"|vascular|vasculature|vessels?|arteries|veins|lines|tubes|devices)\b"
 )
 POINTING_BACK = re.compile(
     r"\b(?:within|in|of|around|behind|into|from|through|to|with|inside|along|by|on) (?:it|them)\b"
@@ -106,7 +110,7 @@ PARTS_OF_ORGANS = frozenset(
         " contour third end fundus side segment neck hilum"
     )
 )
-VESSELS = frozenset(["artery", "arterie", "vein", "venous", "arterial", "vessel"])
+VESSELS = frozenset(["artery", "arterie", "vein", "venous", "arterial", "vessel", "branch"])
 
 
 class Mention(NamedTuple):
@@ -118,6 +122,7 @@ class Mention(NamedTuple):
     end: int
     organs: frozenset[str]
     kind: str  # "named", "weak", "landmark", "soft", "elsewhere", "ignored"
+    in_context: frozenset[str] = frozenset()
 
 
 class Analysis:
@@ -126,6 +131,7 @@ class Analysis:
     Attributes:
         organs: Organs it names.
         weak: Organs by weak terms.
+        in_context: Organs by weak terms that count in reports which speak of them.
         landmarks: Organs named for orientation.
         soft: Organs at whose level something is: its place, if nothing else is named.
         is_elsewhere: Whether it names a place of no organ.
@@ -143,6 +149,7 @@ class Analysis:
             ]
         self.organs = self.of_kind("named")
         self.weak = self.of_kind("weak")
+        self.in_context = frozenset(organ for mention in self.mentions for organ in mention.in_context)
         self.landmarks = self.of_kind("landmark")
         self.soft = self.of_kind("soft")
         self.is_elsewhere = any(mention.kind == "elsewhere" for mention in self.mentions)
@@ -424,7 +431,8 @@ def find_mentions(located: Sequence[tuple[str, int, int]], text: str, lexicon: L
                 landmark_end = last
             else:
                 landmark_end = -1
-        mentions.append(Mention(place, last, located[place][1], located[last - 1][2], entry.organs, kind))
+        context = entry.in_context if kind == "weak" else frozenset()
+        mentions.append(Mention(place, last, located[place][1], located[last - 1][2], entry.organs, kind, context))
         place = last
     return narrowed(places_of_nodes(words, mentions, text, lexicon), lexicon)
 
@@ -478,7 +486,9 @@ def with_shared_head(words: Sequence[str], place: int, last: int, entry: Entry, 
 
 def names_vessel(words: Sequence[str], last: int, entry: Entry) -> bool:
     """Whether an organ's name only tells which vessel is meant: "lower lobe segmental arteries"."""
-    if entry.organs & {"heart", "aorta"} or not (is_adjective(words[last - 1]) or words[last - 1] == "lobe"):
+    if entry.organs & {"heart", "aorta"} or entry.words[0].startswith("bronch"):
+        return False
+    if not (is_adjective(words[last - 1]) or words[last - 1] == "lobe"):
         return False
     if words[last - 1] in VESSELS or any(word in VESSELS for word in entry.words):
         return False
@@ -499,7 +509,7 @@ def ends_a_span(before: Sequence[str]) -> bool:
 def is_landmark(before: Sequence[str], lexicon: Lexicon, name: str) -> bool:
     """Whether the words in front of an organ make it a landmark of this list: "adjacent to the left" kidney."""
     end = len(before)
-    while end and (before[end - 1] in DETERMINERS or before[end - 1] == "of"):
+    while end and (before[end - 1] in DETERMINERS or before[end - 1] == "of" or joins_determiners(before[:end])):
         if before[end - 1] == "of":  # "adjacent to the tail of the" pancreas
             if end < 2 or before[end - 2] not in PARTS_OF_ORGANS:
                 break
@@ -511,6 +521,11 @@ def is_landmark(before: Sequence[str], lexicon: Lexicon, name: str) -> bool:
             earlier = before[max(0, end - size - 5) : end]
             return not any((word,) in lexicon.phrases["landmark_exceptions"] for word in earlier)
     return False
+
+
+def joins_determiners(before: Sequence[str]) -> bool:
+    """Whether these words end in the "and" of "the right upper and middle"."""
+    return before[-1] in ("and", "or") and len(before) > 1 and before[-2] in DETERMINERS - ARTICLES
 
 
 def places_of_nodes(words: Sequence[str], mentions: list[Mention], text: str, lexicon: Lexicon) -> list[Mention]:
@@ -576,6 +591,26 @@ class Context:
         self.named_last: frozenset[str] = frozenset()
         self.heading: frozenset[str] | None = None
         self.said_with: dict[str, list[frozenset[str]]] = {}
+        self.spoken_of: Counter[str] = Counter()  # organ -> sentences of the report that name it
+
+    def take_note(self, sentences: Sequence[Sentence]) -> None:
+        """Count what the sentences of the report name, those to come as well."""
+        for sentence in sentences:
+            self.spoken_of.update(self.analyse(sentence.text).organs)
+
+    def by_weak_terms(self, analysis: Analysis) -> frozenset[str]:
+        """Organs of a sentence that only weak terms name, by what the report is about."""
+        if not analysis.in_context or not self.spoken_of:
+            return analysis.weak
+        either = (analysis.weak | analysis.in_context) & self.last
+        if either:
+            return either
+        most = max(self.spoken_of, key=lambda organ: (self.spoken_of[organ], organ))
+        if most in analysis.in_context:
+            return frozenset([most])
+        if analysis.weak and not any(organ in self.spoken_of for organ in analysis.weak):
+            return frozenset(organ for organ in analysis.in_context if organ in self.spoken_of) or analysis.weak
+        return analysis.weak
 
     def begin_section(self, sentences: Sequence[Sentence]) -> None:
         self.last, self.heading = frozenset(), None
@@ -585,23 +620,30 @@ class Context:
         """The organs of the next sentence; None for a heading, which says nothing by itself."""
         if sentence.begins_block:
             self.heading = None
-        text = sentence.text
+        text = body = sentence.text
         if self.is_heading_line(sentence):
             return None
-        analysis = self.analyse(text)
+        if (region := REGION_HEADING.match(text)) is not None:  # "ABDOMEN: the liver is normal"
+            self.heading = None
+            body = text[region.end() :]
+            if self.has_lines and sentence.begins_line:
+                text = body
+        analysis = self.analyse(body)
         if self.lexicon.remarks.search(analysis.text):
             return Placed(text, frozenset(), True, analysis)
         own: frozenset[str] = frozenset()
-        if (head := heading_of(text)) is not None and not self.says_finding(named := self.analyse(head)):
-            behind = self.analyse(text[len(head) + 1 :])
-            if behind.organs < named.organs and behind.organs and self.names_only(named) and text.count(":") == 1:
+        if (head := heading_of(body)) is not None and not self.says_finding(named := self.analyse(head)):
+            behind = self.analyse(body[len(head) + 1 :])
+            if behind.organs < named.organs and behind.organs and self.names_only(named) and body.count(":") == 1:
                 own = behind.organs  # "LUNGS AND AIRWAYS: the central airways are patent"
             if named.organs or named.is_elsewhere or named.weak:
                 self.heading = named.organs or (frozenset() if named.is_elsewhere else named.weak)
             elif not named.words or RESETTING.search(named.text):
                 self.heading = None
         organs, is_sure = (own, True) if own else self.organs_of(analysis)
-        if not (self.last and analysis.words[:1] == ["it"]) and (organs or not analysis.is_general):
+        if not (self.last and analysis.words[:1] == ["it"]) and (
+            organs or not (analysis.is_general or analysis.begins_with_pronoun)
+        ):
             self.last = organs  # "It invades the liver. It measures 5 cm.": of what the first "it" was
         named = [mention.organs for mention in analysis.mentions if mention.organs and mention.kind != "weak"]
         if named:
@@ -609,8 +651,6 @@ class Context:
         for noun in analysis.nouns:
             if organs or analysis.is_elsewhere:
                 self.said_with.setdefault(noun, []).append(analysis.organs_near(noun, organs))
-        if self.has_lines and sentence.begins_line:
-            text = REGION_HEADING.sub("", text)
         return Placed(text, organs, is_sure and len(text) <= LONGEST, analysis)
 
     def is_heading_line(self, sentence: Sentence) -> bool:
@@ -635,7 +675,12 @@ class Context:
 
     def names_only(self, analysis: Analysis) -> bool:
         """Whether it consists of places and the words between them."""
-        names = {place for mention in analysis.mentions for place in range(mention.first, mention.last)}
+        names = {
+            place
+            for mention in analysis.mentions
+            if mention.organs or mention.kind != "weak"
+            for place in range(mention.first, mention.last)
+        }
         return all(place in names or word in HEADING_WORDS for place, word in enumerate(analysis.words))
 
     def organs_of(self, analysis: Analysis) -> tuple[frozenset[str], bool]:
@@ -658,23 +703,24 @@ class Context:
                 analysis.words[:1] in (["it"], ["its"], ["they"]) or starts_with(analysis.words, POINTERS)
             ) and not analysis.is_general
             return (self.last, False) if refers else (frozenset(), True)
-        if analysis.soft and not analysis.weak:
+        weak = self.by_weak_terms(analysis)
+        if analysis.soft and not weak:
             return analysis.soft, False
         if self.heading is not None:
-            return (analysis.weak & self.heading) or self.heading, True
+            return (weak & self.heading) or self.heading, True
         for noun in analysis.definite_nouns:
             if (said := self.lookup(noun, analysis)) is not None:
                 return said, False
         if analysis.is_general and not analysis.weak_beside_general:
             return frozenset(), True
-        if analysis.refers_back and not analysis.is_general and (self.last or not analysis.weak):
+        if analysis.refers_back and not analysis.is_general and (self.last or not weak):
             paired = self.last & self.lexicon.paired
             return (paired if paired and any(analysis.piece_sides) else self.last), not analysis.has_finding
         if analysis.refers_inside and not analysis.is_general and self.last:
             return self.last, False
-        if analysis.weak:
-            shared = analysis.weak & self.last
-            return shared or analysis.weak, bool(shared)
+        if weak:
+            shared = weak & self.last
+            return shared or weak, bool(shared)
         if analysis.says_attribute and self.last and not analysis.is_general:
             return self.last, False
         return frozenset(), not (analysis.has_finding or analysis.landmarks)
@@ -717,7 +763,7 @@ class Context:
 def heading_of(sentence: str) -> str | None:
     """What stands before the colon of "LIVER: normal." or the dash of "Lungs - clear.", if it is short."""
     match = HEADING.match(sentence)
-    if match is None:
+    if match is None or match["head"].count("(") > match["head"].count(")"):  # "heart size (CTR: 0.5) is normal"
         return None
     if match["mark"].strip() != ":" and (not match["head"][:1].isupper() or len(match["head"].split()) > 5):
         return None
@@ -729,6 +775,7 @@ def place_sentences(
 ) -> tuple[list[Placed], list[Placed]]:
     """The sentences of both sections with their organs (steps 2 to 4). The impression refers to the findings."""
     context = Context(lexicon, cached_analysis(lexicon))
+    context.take_note([*findings, *impression])
     context.begin_section(findings)
     of_findings = [placed for sentence in findings if (placed := context.place(sentence))]
     told = {noun: list(said) for noun, said in context.said_with.items()}
@@ -765,9 +812,11 @@ def cached_analysis(lexicon: Lexicon):
 def organs_of_sentences(sentences: Sequence[str], lexicon: Lexicon) -> list[frozenset[str]]:
     """For every sentence of one section the organs it speaks of (steps 2 to 4); none for a heading."""
     context = Context(lexicon, cached_analysis(lexicon))
+    all_sentences = [Sentence(text, False, False, True) for text in sentences]
+    context.take_note(all_sentences)
     found = []
-    for text in sentences:
-        placed = context.place(Sentence(text, False, False, True))
+    for sentence in all_sentences:
+        placed = context.place(sentence)
         found.append(frozenset() if placed is None else placed.organs)
     return found
 

@@ -63,12 +63,16 @@ LEVEL = re.compile(r"vertebrae_(?P<part>[CTLS])(?P<number>\d{1,2})")
 
 
 class Entry(NamedTuple):
-    """A term: its words, the organs it leads to (none: a place elsewhere), whether it is weak, or means no place."""
+    """A term: its words, the organs it leads to (none: a place elsewhere), whether it is weak, or means no place.
+
+    `in_context` are the organs that a weak one leads to in reports which speak of them.
+    """
 
     words: tuple[str, ...]
     organs: frozenset[str]
     is_weak: bool
     is_ignored: bool = False
+    in_context: frozenset[str] = frozenset()
 
 
 class Part(NamedTuple):
@@ -105,6 +109,7 @@ class Lexicon:
         sha256: Of the file's bytes.
         terms: organ -> terms that name it wherever they stand.
         weak_terms: organ -> terms that mean it only where the sentence names nothing else.
+        context_terms: organ -> weak terms that mean it only in reports which speak of it.
         lists: The lists of words beside the terms, by their names in the file.
         parts: Part of an organ -> (organ, must be named, its terms).
         levels: Letter of a vertebra -> organ.
@@ -120,6 +125,7 @@ class Lexicon:
     sha256: str
     terms: dict[str, tuple[str, ...]]
     weak_terms: dict[str, tuple[str, ...]]
+    context_terms: dict[str, tuple[str, ...]]
     lists: dict[str, tuple[str, ...]]
     parts: dict[str, tuple[str, bool, tuple[str, ...]]]
     levels: dict[str, str]
@@ -194,7 +200,10 @@ class Lexicon:
     @cached_property
     def _phrases(self) -> list[str]:
         of_organs = [
-            phrase for terms in (self.terms, self.weak_terms) for phrases in terms.values() for phrase in phrases
+            phrase
+            for terms in (self.terms, self.weak_terms, self.context_terms)
+            for phrases in terms.values()
+            for phrase in phrases
         ]
         of_parts = [phrase for _, _, phrases in self.parts.values() for phrase in phrases]
         beside = [
@@ -300,9 +309,15 @@ class Lexicon:
                     organs_of.setdefault((tuple(self.words(phrase)), is_weak), set()).add(organ)
         for phrase in self.lists["elsewhere"]:
             organs_of.setdefault((tuple(self.words(phrase)), False), set())
+        in_context: dict[tuple[str, ...], set[str]] = {}
+        for organ, phrases in self.context_terms.items():
+            for phrase in phrases:
+                in_context.setdefault(tuple(self.words(phrase)), set()).add(organ)
+                organs_of.setdefault((tuple(self.words(phrase)), True), set())
         table: dict[str, list[Entry]] = {}
         for (words, is_weak), organs in organs_of.items():
-            table.setdefault(words[0], []).append(Entry(words, frozenset(organs), is_weak))
+            context = frozenset(in_context.get(words, ())) if is_weak else frozenset()
+            table.setdefault(words[0], []).append(Entry(words, frozenset(organs), is_weak, in_context=context))
         for phrase in self.lists["ignored"]:
             words = tuple(self.words(phrase))
             table.setdefault(words[0], []).append(Entry(words, frozenset(), False, is_ignored=True))
@@ -436,6 +451,11 @@ def load_lexicon(name_or_path: str) -> Lexicon:
                 organ: texts(entry["weak"], f"organs.{organ}.weak")
                 for organ, entry in organs.items()
                 if "weak" in entry
+            },
+            context_terms={
+                organ: texts(entry["in_context"], f"organs.{organ}.in_context")
+                for organ, entry in organs.items()
+                if "in_context" in entry
             },
             lists={name: texts(content[name], name) for name in LISTS},
             parts={

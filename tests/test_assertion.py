@@ -78,6 +78,31 @@ Liver: nil significant. | liver-
 No liver lesion save a simple cyst. | liver+
 Pneumothorax has not recurred. | lung-
 The lungs fail to show any nodule. | lung-
+No effusion, emphysema in the upper lobes. | lung+
+No effusion, mild emphysema in both upper lobes. | lung+
+No hydronephrosis, stones in the left kidney up to 5 mm. | kidney+
+No gallstones, wall thickening of 6 mm in the gallbladder. | gallbladder+
+No ground glass, diffuse mosaic attenuation, large cysts, nor consolidation in the lungs. | lung-
+No lung nodule, mass in the upper lobes. | lung-
+No stones in the right kidney, left kidney or ureters. | kidney-
+No aneurysm, dissection of the abdominal aorta. | aorta-
+The stomach, small and large bowel are not dilated. | stomach- colon-
+Resolution of the right and left lower lobe opacities. | lung-
+Spleen, pancreas and both kidneys have not changed and are normal. | spleen- pancreas- kidney-
+Scapular fracture, clavicle spared. | scapula+ clavicula-
+The liver and spleen show nothing of note. | liver- spleen-
+Gallbladder not identified, probably contracted. | gallbladder-
+The right hip joint is congruent. | hip-
+Undisplaced # of the left clavicle. | clavicula+
+Coronary calcium score is 0. | heart-
+Agatston score: 0. | heart-
+The coronary calcium score is 42. | heart+
+Borderline heart size. | heart+
+The heart is at the upper limits of normal in size. | heart-
+CABG. | heart+
+Solitary right kidney. | kidney+
+Both kidneys excrete contrast promptly. | kidney-
+Acute cholecystitis is less likely. | gallbladder-
 Resolved pneumonia. | lung-
 Resolving pneumonia. | lung+
 """

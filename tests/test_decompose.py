@@ -121,6 +121,40 @@ def test_organs_of_a_sentence(sentence, expected):
     assert organs_of_sentences([sentence], LEXICON)[0] & set(BODY_24) == expected
 
 
+@pytest.mark.parametrize(
+    ("sentences", "expected"),
+    [
+        (["The cerebellum is normal.", "No hemorrhage.", "Ventricles are dilated."], ["brain", "brain", "brain"]),
+        (["The liver is normal.", "No hemorrhage."], ["liver", ""]),
+        (["Calcified mitral valve.", "The liver is normal.", "Ventricles are dilated."], ["heart", "liver", "heart"]),
+        (["The lungs are clear.", "The brain is normal.", "Edema is seen."], ["lung", "brain", "brain"]),
+        (["The lungs are clear.", "The liver is normal.", "Edema is seen."], ["lung", "liver", "lung"]),
+        (["Aneurysm of the abdominal aorta.", "The sac measures 5 cm."], ["aorta", "aorta"]),
+    ],
+)  # fmt: skip
+def test_what_a_report_is_about_tells_what_some_terms_mean(sentences, expected):
+    found = [" ".join(sorted(organs & set(BODY_24))) for organs in organs_of_sentences(sentences, LEXICON)]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("sentences", "expected"),
+    [
+        (["The heart (CTR: 0.54) is normal.", "Perforated ulcer is suspected."], ["heart", ""]),  # no heading
+        (["ABDOMEN: The liver is normal.", "Nodules are seen."], ["liver", "lung"]),  # a region is no place
+        (["Abdomen: laceration of segment 5/6."], ["liver"]),
+        (["ORBITS: normal.", "Vessels: no stenosis."], ["face", ""]),
+        (["A lesion of the pancreas.", "This is seen on series 5.", "It measures 1 cm."], ["pancreas"] * 3),
+        (["Filling defects in the segmental branches of the right upper, middle and lower lobes."], [""]),
+        (["CT HEAD WITHOUT CONTRAST", "LOW DOSE CT LUNG SCREENING"], ["", ""]),
+        (["CT of the brain shows an infarct."], ["brain"]),
+    ],
+)
+def test_headings_references_and_titles(sentences, expected):
+    found = [" ".join(sorted(organs & set(BODY_24))) for organs in organs_of_sentences(sentences, LEXICON)]
+    assert found == expected
+
+
 def test_it_stays_what_it_was():
     sentences = ["The left lung contains a mass.", "It does not invade the trachea.", "It measures 5 cm."]
     assert organs_of_sentences(sentences, LEXICON) == [{"lung"}, {"lung", "trachea"}, {"lung"}]

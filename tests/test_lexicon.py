@@ -82,6 +82,23 @@ def test_a_finding_is_of_its_side(sentence, left, right):
     assert (texts["kidney_left"].is_abnormal, texts["kidney_right"].is_abnormal) == (left, right)
 
 
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("The skull base is intact.", {"skull"}),
+        ("Depressed fracture of the calvarium.", {"skull"}),
+        ("Fracture of the temporal bone.", {"skull"}),
+        ("Fluid in the maxillary sinus.", {"face", "skull"}),
+        ("Fracture of the nasal bone.", {"face", "skull"}),
+        ("Proptosis of the left eye.", {"face"}),
+        ("Right frontal craniotomy.", {"brain", "skull"}),
+        ("Skull base meningioma.", {"brain", "skull"}),
+    ],
+)
+def test_base_and_vault_of_the_skull_are_not_the_face(sentence, expected):
+    assert set(decompose(sentence, "", ("face", "brain", "skull"), LEXICON)) == expected
+
+
 def test_an_organ_of_the_users_own_is_known_by_its_classes():
     organ_set = OrganSet(
         "mine",
