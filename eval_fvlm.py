@@ -41,7 +41,9 @@ Written to --out:
 With several models each has its folder, a, b, ..., and comparison.json holds the differences to a.
 --protocol published adds `published` to metrics.json (evaluation_fvlm/published_metrics.py says how it is counted).
 
-A scan whose mask lacks the organ is not scored; a scan whose label is unknown is not measured; both are counted.
+A scan whose mask lacks the organ is not scored; a scan whose label is unknown is not measured; both are counted. Where
+a part of a task cannot be measured (a finding without labels, or with one class), `warnings` in metrics.json and the
+last lines on stderr name it, and the exit status is 0 all the same: a script looks at num_findings, num_findings_asked.
 Research only, not for diagnosis.
 """
 
@@ -61,6 +63,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from evaluation_fvlm.diagnostics import diagnose
 from evaluation_fvlm.embedding import SplitTexts, embed_split_texts
 from evaluation_fvlm.embedding_files import StoredEmbeddings, save_embeddings
+from evaluation_fvlm.equal_reports import DUPLICATES
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.examples import collect_examples
 from evaluation_fvlm.html_report import write_report
@@ -68,11 +71,10 @@ from evaluation_fvlm.loading import load_model
 from evaluation_fvlm.model_index import write_model_index
 from evaluation_fvlm.places import distinct_names, place_name, split_digest, weights_digest
 from evaluation_fvlm.prompts import default_cache
-from evaluation_fvlm.protocols import Protocol
+from evaluation_fvlm.protocols import PARTIAL, Protocol, partial_warnings
 from evaluation_fvlm.published_metrics import format_published_table
 from evaluation_fvlm.results import (
     compare_runs,
-    described,
     format_comparison,
     format_table,
     library_versions,
@@ -82,7 +84,7 @@ from evaluation_fvlm.results import (
     write_results,
 )
 from evaluation_fvlm.retrieval import nearest_texts, retrieve
-from evaluation_fvlm.split import DUPLICATES, LEVELS, check_split_matches, choose_scans, open_split, read_manifest
+from evaluation_fvlm.split import LEVELS, check_split_matches, choose_scans, open_split, read_manifest
 from evaluation_fvlm.tasks import Task, available_tasks, check_task_organs, load_task
 from evaluation_fvlm.thresholds import SOURCES
 from evaluation_fvlm.windows import WindowRule
@@ -156,8 +158,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--duplicates",
         choices=DUPLICATES,
         default="keep",
-        help="drop: of one patient's rows with equal reports only the first is scored, for their labels are one "
-        "observation; dropped.csv names the others (default: %(default)s).",
+        help="Scans with equal reports. within_patients: of one patient's only the first is scored, for their labels "
+        "are one observation; everywhere: only the first of all, also of other patients (of normal reports one is "
+        "left); dropped.csv names the others. As in python -m evaluation_fvlm score (default: %(default)s).",
     )
     what.add_argument("--limit", type=int, help="Only the first so many rows: a quick look, no result.")
     figures = parser.add_argument_group("how figures are made")
@@ -203,8 +206,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="Show organs that fit together into one window in one, centred on them all, so that a scan takes fewer "
         "forwards (default: every organ in the middle of its own window; equal windows are computed once in any case). "
-        "Every organ stays whole, but its surroundings change, and so do the scores; metrics.json says so. How they fit "
-        "hangs on which are embedded: those that prompts ask for, but with --retrieval, --diagnostics or "
+        "Every organ stays whole, but its surroundings change, and so do the scores; metrics.json says so. How they "
+        "fit hangs on which are embedded: those that prompts ask for, but with --retrieval, --diagnostics or "
         "--save_embeddings all, so each of these moves the scores once more. Not with published windows.",
     )
     beside = parser.add_argument_group("beside the scores")
@@ -244,7 +247,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--update_card",
         action="store_true",
         help="Write the results into the README.md of the model's folder, into its model-index and its text, in place "
-        "of earlier ones of the same prompt set and data (default: leave the model as it is).",
+        "of earlier ones of the same prompt set and data (default: leave the model as it is). Not with --limit: "
+        "results of a part would take the place of those of the whole split.",
     )
     running = parser.add_argument_group("running")
     running.add_argument("--out", required=True, type=Path, help="Folder for the results; made if missing.")
@@ -309,6 +313,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--model: {len(args.model)} models; compare at most {len(string.ascii_lowercase)} in one run.")
     if (args.threshold == "development") != (args.development_split is not None):
         parser.error("--threshold development and --development_split NAME belong together: give both or neither.")
+    if args.update_card and args.limit is not None:
+        parser.error(
+            f"--update_card with --limit {args.limit}: results of a part of the split would take the place of those of "
+            "the whole in the model's card. Leave out one of the two."
+        )
     for name in ("batch_size", "num_workers", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} must be at least 1.")
@@ -407,6 +416,8 @@ def protocol_warnings(args: argparse.Namespace, settings: dict) -> list[str]:
         settings: How the split was built, from its manifest.
     """
     warnings = []
+    if args.limit is not None:
+        warnings.append(f"{PARTIAL}: at most the first {args.limit} rows (--limit), a look, no result.")
     if args.level == "reconstruction" and holds_first_alone(settings):
         warnings.append(
             "--level reconstruction, but the split was built with the first reconstruction of every scan alone. For "
@@ -575,7 +586,7 @@ def protocol_of(
         "level": level_name(args.level, data.settings),
         "duplicates": figures.duplicates,
         "dropped_rows": data.dropped["reason"].value_counts().to_dict(),
-        "figures": described(figures),
+        "figures": figures.described(),
         "warnings": warnings,
         "limit": args.limit,
         "organs": {"set": model.config.organ_set, "names": list(model.config.organs)},
@@ -648,6 +659,11 @@ def evaluate_model(
     return ModelRun(args.model[number], model, folder, scores, development, figures, metrics, parts, [*paths, *saved])
 
 
+def summaries(metrics: dict) -> dict[str, dict]:
+    """Task -> its part of metrics.json."""
+    return {metrics["task"]: metrics, **metrics["other_tasks"]}
+
+
 def print_tables(args: argparse.Namespace, number: int, metrics: dict) -> None:
     if len(args.model) > 1:
         print(f"\n{string.ascii_lowercase[number]}: {args.model[number]}")
@@ -655,7 +671,7 @@ def print_tables(args: argparse.Namespace, number: int, metrics: dict) -> None:
     for name, others in metrics["other_tasks"].items():
         print(f"\n{name}\n{format_table(others)}")
     if args.protocol == "published":
-        for name, summary in {metrics["task"]: metrics, **metrics["other_tasks"]}.items():
+        for name, summary in summaries(metrics).items():
             print(f"\n{name}, published metrics\n{format_published_table(summary['published'])}")
 
 
@@ -722,6 +738,10 @@ def run(args: argparse.Namespace) -> list[ModelRun]:
     print("Written:")
     for path in [*paths, args.out / COMMAND]:
         print(f"  {path}")
+    for warning in partial_warnings(
+        summary["evaluation"] for one in runs for summary in summaries(one.metrics).values()
+    ):
+        print(f"WARNING: {warning}", file=sys.stderr)
     return runs
 
 

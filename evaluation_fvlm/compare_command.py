@@ -37,6 +37,7 @@ from evaluation_fvlm.score_command import (
     number,
     print_protocol,
     read_table,
+    say_what_is_missing,
     with_files,
     write_json,
 )
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print_comparison(result)
     write_json(result, args.json)
+    say_what_is_missing(result)
     return 0
 
 

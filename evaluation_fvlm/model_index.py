@@ -96,20 +96,18 @@ def eval_results(results: Mapping, data: Data, retrieval: Mapping | None = None)
         data: What they were measured on.
         retrieval: What `retrieval.retrieve` returns.
     """
-    limit = (results.get("protocol") or {}).get("limit")
-    part = "" if limit is None else f", first {limit} cases only"
     entries: list[tuple[str, str, float | None]] = []  # metric id, name, value
     for task, evaluation in evaluations_of(results).items():
         threshold = _threshold(evaluation)
         for name, (kind, words) in RANKING.items():
-            entries.append((kind, f"{task}: macro {words}, zero-shot{part}", _macro(evaluation, name)))
+            entries.append((kind, f"{task}: macro {words}, zero-shot", _macro(evaluation, name)))
         for name, (kind, words) in DECISIONS.items():
             figure = _macro(evaluation, name)
-            entries.append((kind, f"{task}: macro {words}, zero-shot, {threshold}{part}", figure))
+            entries.append((kind, f"{task}: macro {words}, zero-shot, {threshold}", figure))
         for finding, entry in evaluation["per_finding"].items():
-            entries.append(("roc_auc", f"{task}: {finding}, AUC, zero-shot{part}", _figure(entry.get("auc"))))
+            entries.append(("roc_auc", f"{task}: {finding}, AUC, zero-shot", _figure(entry.get("auc"))))
     for name, figure in _retrieval_figures(retrieval):
-        entries.append((name.split(",")[0].replace("@", "_at_"), f"{RETRIEVAL}: {name}{part}", figure))
+        entries.append((name.split(",")[0].replace("@", "_at_"), f"{RETRIEVAL}: {name}", figure))
     return [
         EvalResult(
             task_type=TASK,
@@ -130,7 +128,6 @@ def section_blocks(results: Mapping, data: Data, retrieval: Mapping | None = Non
     """The results as the text has them: lines of Markdown by prompt set, and `retrieval`."""
     protocol = results.get("protocol") or {}
     versions = {task["name"]: task["version"] for task in protocol.get("tasks") or () if isinstance(task, Mapping)}
-    limit = protocol.get("limit")
     blocks = {}
     for task, evaluation in evaluations_of(results).items():
         version = f", version {versions[task]}" if task in versions else ""
@@ -146,7 +143,6 @@ def section_blocks(results: Mapping, data: Data, retrieval: Mapping | None = Non
             f"{evaluation['num_patients']:,} patients, {evaluation['num_reconstructions']:,} volumes. The first table "
             "holds means over findings.",
             "",
-            *([] if limit is None else [f"**Only the first {limit} cases were scored: a look, no result.**", ""]),
             *_table(("figure", "value", "95 % interval"), rows),
             "",
             *_table(
@@ -193,9 +189,16 @@ def write_model_index(
         The card's path.
 
     Raises:
-        EvaluationError: If the data have no name, the results hold no figure, or the card's header cannot be read.
+        EvaluationError: If the data have no name, the results are of a part of the split or hold no figure, or the
+            card's header cannot be read.
     """
     path = Path(folder) / CARD
+    limit = (results.get("protocol") or {}).get("limit")
+    if limit is not None:
+        raise EvaluationError(
+            f"these are results of the first {limit} cases alone (--limit): in the card they would take the place of "
+            "those of the whole split. Evaluate it without --limit."
+        )
     data = data or data_of(results)
     if data is None:
         raise EvaluationError("the results do not say what they were measured on; name it with --dataset.")

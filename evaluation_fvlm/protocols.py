@@ -1,7 +1,7 @@
 """A table of scores and labels, evaluated by a stated protocol: figures with intervals, and what was left out and why.
 
 The table has the columns of `zero_shot.SCORE_COLUMNS`, a row per task, reconstruction and finding, and may have one
-more, `report`: any value that is equal for equal reports (NaN: none), wanted by `duplicates="drop"` alone.
+more, `report`: any value that is equal for equal reports (NaN: none), wanted where `duplicates` is not "keep".
 
 (1) Cases are chosen: one reconstruction of each scan or all, the scans of equal reports once or all.
 (2) Per finding, cases without a score or without a label are counted, not scored.
@@ -50,7 +50,7 @@ weighted_f1, precision, recall, specificity, youden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -69,6 +69,7 @@ from evaluation_fvlm.binary_metrics import (
 from evaluation_fvlm.bootstrap import LEVEL, draw_patients, figure, mean_over, two_sided_p
 from evaluation_fvlm.calibration import NUM_BINS, calibration
 from evaluation_fvlm.delong import delong_test, holm
+from evaluation_fvlm.equal_reports import DUPLICATES, REASONS, repeats_a_report
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.folds import patient_folds, spread
 from evaluation_fvlm.metrics import LABEL_UNKNOWN, RECONSTRUCTION
@@ -79,14 +80,13 @@ COLUMNS = ["task", *RECONSTRUCTION, "finding", "organ", "score", "label", "is_co
 CASE = RECONSTRUCTION
 NO_SCORE = "no score: organ absent, or not scored"
 OTHER_RECONSTRUCTION = "another reconstruction of the scan"
-REPEATED_REPORT = "report of another scan, word for word"
 CALIBRATIONS = ("brier", "ece", "ece_equal_mass")
 LEVELS = {"scan": "first reconstruction of every scan", "reconstruction": "every reconstruction"}
-DUPLICATES = {"keep": "all scans, equal reports or not", "drop": "of scans with equal reports the first"}
 ABSENT = {
     "excluded": "not scored, counted",
     "zero": "counted as 0 (as published): a sure no",
 }
+PARTIAL = "ONLY A PART WAS MEASURED"  # begins the warnings that a command says again on stderr when it ends
 CURVE_POINTS = 101
 NAMED_CASES = 20  # per finding and reason; scores.csv has them all
 FEW_PATIENTS = 10
@@ -102,7 +102,8 @@ class Protocol:
         threshold: "cross_validation", "development", "test_labels" or a number, see thresholds.py.
         criterion: What a chosen threshold serves, see thresholds.py; None: published for test_labels, else youden.
         absent: "excluded": a case without a score is counted and left out; "zero": it scores 0, as published.
-        duplicates: "keep" or "drop" the scans whose report another scan has word for word.
+        duplicates: Which scans with equal reports count: "keep" all, or the first "within_patients" or "everywhere",
+            see equal_reports.py.
         num_bootstraps: Resamples of the patients; 0: no intervals.
         num_folds: Of the cross-validation.
         num_bins: Of the calibration.
@@ -161,6 +162,12 @@ class Protocol:
             "macro": "mean over findings that have a figure",
         }
         return asdict(self) | {"criterion": None if is_fixed else self.criterion, "in_words": words}
+
+
+def partial_warnings(results: Iterable[Mapping]) -> list[str]:
+    """The warnings of evaluated tables that say that a part of the task was not measured, each once."""
+    warnings = (warning for result in results for warning in result["warnings"])
+    return list(dict.fromkeys(warning for warning in warnings if warning.startswith(PARTIAL)))
 
 
 @dataclass
@@ -342,10 +349,11 @@ def _check(frame: pd.DataFrame) -> None:
 
 def _choose_cases(frame: pd.DataFrame, protocol: Protocol) -> tuple[pd.DataFrame, dict[str, list[str]]]:
     """The rows of the cases that the protocol counts, and the names of the others by reason."""
-    columns = [*CASE, *(["report"] if protocol.duplicates == "drop" else [])]
+    columns = [*CASE, *(["report"] if protocol.duplicates != "keep" else [])]
     if "report" in columns and "report" not in frame.columns:
         raise EvaluationError(
-            "duplicates 'drop' needs to know which scans have equal reports: give the table a column `report`."
+            f"duplicates {protocol.duplicates!r} needs to know which scans have equal reports: give the table a column "
+            "`report`."
         )
     cases = frame[columns].drop_duplicates(CASE, ignore_index=True)
     kept = np.ones(len(cases), bool)
@@ -355,12 +363,10 @@ def _choose_cases(frame: pd.DataFrame, protocol: Protocol) -> tuple[pd.DataFrame
         is_first = ~in_order.duplicated(["patient_id", "scan_id"])
         kept = is_first.reindex(cases.index).to_numpy()
         dropped[OTHER_RECONSTRUCTION] = cases["recon_id"][~kept].astype(str).tolist()
-    if protocol.duplicates == "drop":
-        scans = cases[kept & cases["report"].notna().to_numpy()].drop_duplicates(["patient_id", "scan_id"])
-        repeated = scans[scans.duplicated("report")]
-        keys = pd.MultiIndex.from_frame(repeated[["patient_id", "scan_id"]])
-        comes_again = pd.MultiIndex.from_frame(cases[["patient_id", "scan_id"]]).isin(keys)
-        dropped[REPEATED_REPORT] = cases["recon_id"][kept & comes_again].astype(str).tolist()
+    if protocol.duplicates != "keep":
+        comes_again = kept.copy()
+        comes_again[kept] = repeats_a_report(cases[kept], protocol.duplicates)
+        dropped[REASONS[protocol.duplicates]] = cases["recon_id"][comes_again].astype(str).tolist()
         kept = kept & ~comes_again
     chosen = pd.MultiIndex.from_frame(cases[CASE][kept])
     rows = pd.MultiIndex.from_frame(frame[CASE]).isin(chosen)
@@ -489,7 +495,9 @@ def _cross_validate(cases: FindingCases, folds: np.ndarray, protocol: Protocol) 
 
 
 def _development_thresholds(evaluation: Evaluation, development: pd.DataFrame) -> dict[str, float | None]:
-    prepared = _prepare(development, replace(evaluation.protocol, duplicates="keep"))
+    has_reports = "report" in development.columns and development["report"].notna().any()
+    duplicates = evaluation.protocol.duplicates if has_reports else "keep"
+    prepared = _prepare(development, replace(evaluation.protocol, duplicates=duplicates))
     shared = np.intersect1d(evaluation.patient_ids, prepared.patient_ids)
     if len(shared):
         raise EvaluationError(
@@ -707,6 +715,12 @@ def _warnings(evaluation: Evaluation) -> list[str]:
         return ", ".join(cases.finding for cases in measured if holds(cases))
 
     warnings = []
+    reasons = {cases.finding: cases.reason for cases in evaluation.findings if cases.reason is not None}
+    if reasons:
+        groups = {reason: [f for f in reasons if reasons[f] == reason] for reason in reasons.values()}
+        told = "; ".join(f"{reason}: {', '.join(findings)}" for reason, findings in groups.items())
+        asked = f"{len(reasons)} of the {len(evaluation.findings)} findings of {evaluation.task}"
+        warnings.append(f"{PARTIAL}: {asked} have no figure ({told}).")
     if protocol.threshold == "test_labels":
         warnings.append(f"thresholds were {SOURCES['test_labels']}.")
     if as_zero := sum(cases.num_absent_as_zero for cases in measured):

@@ -102,14 +102,6 @@ def dropped_cases(scores: ZeroShotScores, rows: pd.DataFrame | None = None) -> p
     return pd.concat(parts, ignore_index=True).reindex(columns=DROPPED_COLUMNS)
 
 
-def described(protocol: Protocol) -> dict:
-    """`Protocol.described`, with what equal reports are here: those of one patient, see `split.choose_scans`."""
-    settings = protocol.described()
-    if protocol.duplicates == "drop":
-        settings["in_words"]["duplicates"] = "of one patient's rows with equal reports the first"
-    return settings
-
-
 def task_rows(frame: pd.DataFrame, task: Task) -> pd.DataFrame:
     """The rows of one task. Rows of equal reports are gone before scoring (`split.choose_scans`): no row has one."""
     return frame[frame["task"] == task.name].assign(report=np.nan)
@@ -134,7 +126,6 @@ def compare_runs(
             tables = [task_rows(one.frame, task) for one in (scores, other_scores)]
             chosen_on = [task_rows(one.frame, task) for one in (development, other_development) if one is not None]
             result = compare_frames(*tables, protocol, chosen_on)
-            result["protocol"]["in_words"] = described(protocol)["in_words"]
             comparisons.append({"task": task.name, "a": first, "b": name} | result)
     path = folder / COMPARISON
     write_json({"comparisons": comparisons}, path)
@@ -188,7 +179,6 @@ def write_results(
         if evaluation is not None:
             others = None if development is None else task_rows(development.frame, task)
             summary["evaluation"] = evaluate_frame(task_rows(scores.frame, task), evaluation, others)
-            summary["evaluation"]["protocol"] = described(evaluation)
             summary["evaluation"]["dropped_cases"] |= dropped_rows(dropped)
             summary["evaluation"]["warnings"] += protocol.get("warnings", ())
         if published:

@@ -9,10 +9,11 @@ The published figures of the same file: threshold chosen on the test labels, abs
 Columns named as the findings, logits instead of probabilities, a column that names the patient, a fixed threshold:
     python -m evaluation_fvlm score --scores my.csv --labels labels.csv --logits --patient_column person --threshold 0.5
 
-Thresholds from other patients; and scans with equal reports counted once:
+Thresholds from other patients; and a patient's scans with equal reports counted once:
     python -m evaluation_fvlm score --scores test.csv --labels labels.csv --threshold development \\
         --development_scores valid.csv --development_labels labels_of_valid.csv
-    python -m evaluation_fvlm score --scores res.csv --labels labels.csv --duplicates drop --reports reports.csv
+    python -m evaluation_fvlm score --scores res.csv --labels labels.csv --duplicates within_patients \\
+        --reports reports.csv
 
 scores.csv of eval_fvlm.py has the labels in it:
     python -m evaluation_fvlm score --scores runs/eval/scores.csv
@@ -23,7 +24,9 @@ scores.csv of eval_fvlm.py has the labels in it:
     abnormality*location), or columns finding and label. Files match by name, with .nii.gz or without.
 
 An empty score is no score, an empty label or -1 is unknown: both are counted, never taken as 0 (but by --absent zero).
-Rows that come twice are dropped and counted; if they differ, that is an error. Research only, not for diagnosis.
+Rows that come twice are dropped and counted; if they differ, that is an error. Where a part of the task cannot be
+measured (a finding with one class or without scores, cases that one file lacks), `warnings` and the last lines on
+stderr name it; the exit status is 0 all the same. Research only, not for diagnosis.
 
 --json FILE, keys (a FIGURE is {value, low, high}, each a number or null; low and high bound the 95 % interval):
     macro_auc, macro_average_precision, macro_accuracy, macro_balanced_accuracy, macro_f1, macro_weighted_f1,
@@ -46,6 +49,7 @@ Rows that come twice are dropped and counted; if they differ, that is an error. 
 import argparse
 import json
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -53,10 +57,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from evaluation_fvlm.equal_reports import DUPLICATES
 from evaluation_fvlm.errors import EvaluationError
-from evaluation_fvlm.protocols import ABSENT, DUPLICATES, LEVELS, Protocol, evaluate_frame
+from evaluation_fvlm.protocols import ABSENT, LEVELS, PARTIAL, Protocol, evaluate_frame, partial_warnings
 from evaluation_fvlm.published_metrics import check_can_write
-from evaluation_fvlm.score_table import ScoreTable, read_score_table
+from evaluation_fvlm.score_table import NO_LABELS, NO_SCORES, ScoreTable, read_score_table
 from evaluation_fvlm.tasks import Task, available_tasks, load_task
 from evaluation_fvlm.thresholds import CRITERIA, SOURCES
 
@@ -91,7 +96,7 @@ def add_file_arguments(group: argparse._ArgumentGroup) -> None:
         help=f"Prompt set whose findings are asked, and which tells their organs: {', '.join(available_tasks())}, or a "
         "YAML file (default: every finding with scores and labels).",
     )
-    group.add_argument("--reports", type=Path, metavar="CSV", help="Reports, for --duplicates drop.")
+    group.add_argument("--reports", type=Path, metavar="CSV", help="Reports, to know equal ones (--duplicates).")
     group.add_argument("--logits", action="store_true", help="Scores are log odds: put them through the sigmoid.")
     group.add_argument("--name_column", metavar="NAME", help="Column of the cases (default: one of the usual names).")
     group.add_argument(
@@ -135,7 +140,11 @@ def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
         help="A case without a score: excluded and counted (default), or zero, as published.",
     )
     group.add_argument(
-        "--duplicates", choices=DUPLICATES, help="drop: of scans with equal reports the first (default: keep)."
+        "--duplicates",
+        choices=DUPLICATES,
+        help="Scans with equal reports (--reports). within_patients: of one patient's only the first counts, for their "
+        "labels are one observation; everywhere: only the first of all, also of other patients (of normal reports one "
+        "is left). As in eval_fvlm.py (default: keep).",
     )
     group.add_argument(
         "--bootstraps", type=int, metavar="N", help="Resamples of the patients; 0: none (default: 1000)."
@@ -174,8 +183,10 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
     given = {name: value for name, value in given.items() if value is not None}
     if args.protocol == "published":
         given = {"level": "reconstruction", "threshold": "test_labels", "absent": "zero"} | given
-    if given.get("duplicates") == "drop" and args.reports is None:
-        raise EvaluationError("--duplicates drop needs --reports: a CSV that tells which scans have equal reports.")
+    if given.get("duplicates", "keep") != "keep" and args.reports is None:
+        raise EvaluationError(
+            f"--duplicates {args.duplicates} needs --reports: a CSV that tells which scans have equal reports."
+        )
     return Protocol(**given)
 
 
@@ -218,6 +229,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print_scores(result)
     write_json(result, args.json)
+    say_what_is_missing(result)
     return 0
 
 
@@ -229,7 +241,14 @@ def with_files(result: dict, tables: list[ScoreTable]) -> dict:
             cases = list(dict.fromkeys([*known, *cases]))
             result["dropped_cases"][reason] = {"count": len(cases), "cases": cases}
     notes = [table.notes for table in tables]
-    warnings = []
+    warnings = [
+        f"{PARTIAL}: {result['dropped_cases'][reason]['count']} cases: {reason}."
+        for reason in (NO_SCORES, NO_LABELS)
+        if reason in result["dropped_cases"]
+    ]
+    unasked = [finding for note in notes for finding in note["findings_without_scores"]]
+    if unasked := [finding for finding in dict.fromkeys(unasked) if finding not in result["per_finding"]]:
+        warnings.append(f"{PARTIAL}: {len(unasked)} findings of the labels have no scores: {', '.join(unasked)}.")
     if own := max(note["cases_taken_as_patients"] for note in notes):
         warnings.append(
             f"{own} cases name no patient and count as one each; if some are of one patient the intervals are too "
@@ -323,4 +342,11 @@ def print_protocol(result: dict, say) -> None:
             if notes[key]:
                 say(f"{place}: {key.replace('_', ' ')}: {', '.join(notes[key])}")
     for warning in result["warnings"]:
-        say(f"WARNING: {warning}", style="yellow")
+        if not warning.startswith(PARTIAL):  # those come at the very end, on stderr
+            say(f"WARNING: {warning}", style="yellow")
+
+
+def say_what_is_missing(result: dict) -> None:
+    """On stderr, and with --quiet too: a run that measured a part of what was asked ends with status 0 all the same."""
+    for warning in partial_warnings([result]):
+        print(f"WARNING: {warning}", file=sys.stderr)

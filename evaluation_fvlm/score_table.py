@@ -38,6 +38,7 @@ import pandas as pd
 import yaml
 from scipy.special import expit
 
+from evaluation_fvlm.equal_reports import report_key
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.published_metrics import published_column, shortened
 from evaluation_fvlm.tasks import Task
@@ -491,8 +492,7 @@ def _reports(frame: pd.DataFrame, file: _File) -> tuple[list, int]:
         raise EvaluationError(f"{file.path}: expected the columns {' or '.join(map(str, REPORT_COLUMNS))}.")
     digests = {}
     for name, *texts in zip(file.names, *(file.column(column) for column in columns)):
-        text = " ".join(" ".join(texts).casefold().split())
-        if text.replace("not given.", "").strip():
+        if text := report_key(*texts):
             digests[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
     missing = sum(name not in digests for name in frame["recon_id"].unique())
     return [digests.get(name) for name in frame["recon_id"]], missing

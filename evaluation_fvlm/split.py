@@ -16,17 +16,15 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig
 
+from evaluation_fvlm.equal_reports import DUPLICATES, REASONS, repeats_a_report, report_key
 from evaluation_fvlm.errors import EvaluationError
-from modeling_fvlm.captions import compose_report
 from modeling_fvlm.organs import NUMBERINGS
 from modeling_fvlm.preparation import padding_hu
 from modeling_fvlm.processed_split import load_rows, natural_key
 
 LEVELS = ("scan", "reconstruction")
-DUPLICATES = ("keep", "drop")
 SAME_ROW = "the split holds this reconstruction twice"
 NOT_FIRST = "another reconstruction of the scan is scored"
-SAME_REPORT = "report equal to that of an earlier scan of the patient"
 BEYOND_LIMIT = "beyond --limit"
 REPORT_COLUMNS = ("impression", "findings")
 DROPPED_COLUMNS = ["patient_id", "scan_id", "recon_id", "reason"]
@@ -147,21 +145,19 @@ def choose_scans(
     AUC look surer than it is. "First" is by `recon_id` (x_2 before x_10), so the choice does not hang on the order of
     the shards. Scans of two patients are two, whatever they are called.
 
-    A row that the split holds twice is scored once. Labels come from reports, so two rows of one patient with equal
-    reports are one observation; equal reports of different patients are two: "normal" is said of many.
+    A row that the split holds twice is scored once.
 
     Args:
         level: "scan" (one row each) or "reconstruction" (all; what the published CT-RATE numbers count).
-        duplicates: "drop" keeps of the rows of one patient whose reports (impression and findings) are equal the
-            first by `recon_id`. Empty reports equal none.
+        duplicates: Which scans with equal reports (impression and findings) are scored, see equal_reports.py.
         limit: Only the first so many rows of the choice, in the split's order.
 
     Returns:
         The rows, and a table with a row for each one left out (`DROPPED_COLUMNS`).
 
     Raises:
-        EvaluationError: If level or duplicates are none of these, or duplicates are to be dropped and the split holds
-            no reports.
+        EvaluationError: If level or duplicates are none of these, or reports are to be compared and the split holds
+            none.
     """
     for name, value, known in (("level", level, LEVELS), ("duplicates", duplicates, DUPLICATES)):
         if value not in known:
@@ -174,16 +170,14 @@ def choose_scans(
     if level == "scan":
         repeated = identity.loc[[row for row in order if not reason[row]]].duplicated(["patient_id", "scan_id"])
         reason[repeated.index[repeated]] = NOT_FIRST
-    if duplicates == "drop":
+    if duplicates != "keep":
         if not set(REPORT_COLUMNS) & set(dataset.column_names):
             raise EvaluationError(
-                "--duplicates drop compares reports, but the split has neither the column 'findings' nor 'impression'. "
-                "Keep duplicates, or build the split with its reports."
+                f"--duplicates {duplicates} compares reports, but the split has neither the column 'findings' nor "
+                "'impression'. Keep duplicates, or build the split with its reports."
             )
-        reports = identity.assign(report=_reports(dataset)).loc[[row for row in order if not reason[row]]]
-        reports = reports[reports["report"] != ""]
-        repeated = reports.duplicated(["patient_id", "report"])
-        reason[repeated.index[repeated]] = SAME_REPORT
+        repeated = repeats_a_report(identity.assign(report=_reports(dataset))[reason == ""], duplicates)
+        reason[repeated.index[repeated]] = REASONS[duplicates]
     rows = np.flatnonzero(reason == "")
     reason[rows[limit:] if limit is not None else rows[:0]] = BEYOND_LIMIT
     dropped = identity.assign(reason=reason)[reason != ""].reset_index(drop=True)
@@ -192,4 +186,4 @@ def choose_scans(
 
 def _reports(dataset: Dataset) -> list[str]:
     parts = (dataset[name][:] if name in dataset.column_names else [None] * len(dataset) for name in REPORT_COLUMNS)
-    return [compose_report(impression, findings) for impression, findings in zip(*parts)]
+    return [report_key(impression, findings) for impression, findings in zip(*parts)]

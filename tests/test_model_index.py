@@ -182,11 +182,13 @@ def test_a_run_without_intervals_has_figures_all_the_same(evaluation):
     assert names == ["tiny: macro AUC, zero-shot", "tiny: Emphysema, AUC, zero-shot"]
 
 
-def test_a_look_at_the_first_cases_says_so(tmp_path, evaluation):
+def test_a_look_at_the_first_cases_takes_no_result_s_place(tmp_path, evaluation):
     trained_card(tmp_path)
-    write_model_index(tmp_path, metrics_json(evaluation, limit=7), DATA)
-    assert all("first 7 cases only" in name for name in entries(tmp_path) if name.startswith(("tiny", "second")))
-    assert (tmp_path / "README.md").read_text().count("**Only the first 7 cases were scored: a look, no result.**") == 2
+    write_model_index(tmp_path, metrics_json(evaluation, limit=None), DATA)
+    before = (tmp_path / "README.md").read_bytes()
+    with pytest.raises(EvaluationError, match=r"first 7 cases alone \(--limit\)"):
+        write_model_index(tmp_path, metrics_json(evaluation, limit=7), DATA)
+    assert (tmp_path / "README.md").read_bytes() == before
 
 
 def test_retrieval_is_named_with_its_chance(tmp_path, evaluation, retrieval):

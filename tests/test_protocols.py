@@ -9,6 +9,7 @@ from sklearn.metrics import average_precision_score, f1_score, precision_score, 
 from test_published_metrics import GOLDEN_KEYS
 
 from evaluation_fvlm.binary_metrics import METRICS
+from evaluation_fvlm.equal_reports import REASONS
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.folds import patient_folds
 from evaluation_fvlm.metrics import LABEL_UNKNOWN, summarize
@@ -16,7 +17,6 @@ from evaluation_fvlm.protocols import (
     COLUMNS,
     NO_SCORE,
     OTHER_RECONSTRUCTION,
-    REPEATED_REPORT,
     Protocol,
     compare_frames,
     evaluate_frame,
@@ -138,12 +138,12 @@ def test_scans_with_equal_reports_count_once():
     frame = pd.concat([frame, another], ignore_index=True)
     frame.loc[frame["patient_id"] == "v5", "recon_id"] += "x"
     for level, dropped in (("scan", 2), ("reconstruction", 4)):
-        result = evaluate_frame(frame, Protocol(level, threshold=0.5, duplicates="drop", num_bootstraps=0))
+        result = evaluate_frame(frame, Protocol(level, threshold=0.5, duplicates="everywhere", num_bootstraps=0))
         assert result["num_patients"] == 3
-        assert result["dropped_cases"][REPEATED_REPORT]["count"] == dropped
-        assert {name[:7] for name in result["dropped_cases"][REPEATED_REPORT]["cases"]} == {"valid_1", "valid_3"}
+        assert result["dropped_cases"][REASONS["everywhere"]]["count"] == dropped
+        assert {name[:7] for name in result["dropped_cases"][REASONS["everywhere"]]["cases"]} == {"valid_1", "valid_3"}
     with pytest.raises(EvaluationError, match="a column `report`"):
-        evaluate_frame(frame.drop(columns="report"), Protocol(duplicates="drop"))
+        evaluate_frame(frame.drop(columns="report"), Protocol(duplicates="everywhere"))
 
 
 def test_cross_validated_thresholds_never_saw_the_patient():

@@ -104,12 +104,14 @@ def test_development_files_give_the_thresholds(files, tmp_path, capsys):
 def test_equal_reports_count_once(files, tmp_path, capsys):
     reports = "VolumeName,Findings_EN,Impressions_EN\n" + "".join(f"valid_{n}_a_1,F{n // 2},I\n" for n in range(40))
     (files / "reports.csv").write_text(reports)
-    places = ["--scores", files / "a.csv", "--labels", files / "labels.csv", "--duplicates", "drop"]
-    assert run("score", *places, "--reports", files / "reports.csv", "--json", tmp_path / "out.json") == 0
-    result = json.loads((tmp_path / "out.json").read_text())
-    assert result["num_patients"] == 20
-    assert result["dropped_cases"]["report of another scan, word for word"]["count"] == 20
-    assert run("score", *places) == 2
+    places = ["--scores", files / "a.csv", "--labels", files / "labels.csv", "--duplicates"]
+    reports = ["--reports", files / "reports.csv", "--json", tmp_path / "out.json"]
+    for duplicates, num_patients in (("within_patients", 40), ("everywhere", 20)):
+        assert run("score", *places, duplicates, *reports) == 0
+        result = json.loads((tmp_path / "out.json").read_text())
+        assert result["num_patients"] == num_patients
+    assert result["dropped_cases"]["report equal to that of an earlier scan"]["count"] == 20
+    assert run("score", *places, "everywhere") == 2
     assert "needs --reports" in capsys.readouterr().err
 
 
@@ -125,6 +127,26 @@ def test_left_out_cases_and_columns_are_told(files, tmp_path, capsys):
     assert "1 identical rows dropped" in printed and "columns ignored: Age" in printed
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["dropped_cases"] == {"no row in the label file": {"count": 1, "cases": ["case_x"]}}
+
+
+def test_a_part_that_was_not_measured_is_said_at_the_end(files, tmp_path, capsys):
+    """A finding with one class, a finding and cases without scores: warnings, lines on stderr, and status 0."""
+    lines = [line.split(",") for line in (files / "labels.csv").read_text().splitlines()]
+    assert lines[0][1:] == ["Nodule", "Big heart"]
+    lines = [[line[0], line[1], "1", "1"] for line in lines]
+    lines[0][2:] = ["Big heart", "Emphysema"]
+    (files / "more.csv").write_text("\n".join(",".join(line) for line in [*lines, ["valid_99_a_1", "1", "1", "1"]]))
+    given = ["--scores", files / "a.csv", "--labels", files / "more.csv", "--quiet", "--json", tmp_path / "out.json"]
+    assert run("score", *given) == 0
+    told = capsys.readouterr()
+    warnings = json.loads((tmp_path / "out.json").read_text())["warnings"]
+    parts = [warning.removeprefix("ONLY A PART WAS MEASURED: ") for warning in warnings if "ONLY A PART" in warning]
+    assert parts == [
+        "1 of the 2 findings of a have no figure (no negative case among the 40 scored and labelled: Big heart).",
+        "1 cases: labelled, but no row in the score file.",
+        "1 findings of the labels have no scores: Emphysema.",
+    ]
+    assert told.err.count("WARNING: ONLY A PART WAS MEASURED") == 3 and not told.out
 
 
 def test_cases_that_name_no_patient_are_told(files, capsys):
