@@ -113,7 +113,8 @@ def encode_captions(
         (batch,), likewise -1 and 0 where there is none.
 
     Raises:
-        ValueError: If a caption belongs to an organ that is not in `organs`, or there is not one report a scan.
+        ValueError: If a caption belongs to an organ that is not in `organs` or is no text, or there is not one report
+            a scan.
     """
     import torch  # here: builders compose captions, too, and none of their workers should load PyTorch
 
@@ -128,7 +129,14 @@ def encode_captions(
         for organ, entry in of_scan.items():
             if organ not in index_of:
                 raise ValueError(f"captions of scan {row}: organ {organ!r} is not in config.organs {list(organs)}.")
-            caption, abnormal = (entry, is_abnormal_caption(entry, organ)) if isinstance(entry, str) else entry
+            if isinstance(entry, str):
+                entry = (entry, is_abnormal_caption(entry, organ))
+            if not isinstance(entry, Sequence) or len(entry) != 2 or not isinstance(entry[0], str):
+                raise ValueError(
+                    f"captions of scan {row}: that of {organ!r} is {entry!r}; give a text, or (text, is_abnormal), or "
+                    "leave the organ out."
+                )
+            caption, abnormal = entry
             key = (caption, bool(abnormal))
             if key not in places:
                 places[key] = len(texts)

@@ -49,9 +49,7 @@ def read_findings(
         items = [findings]
     elif isinstance(findings, Mapping) and "finding" not in findings:
         items = [
-            {"finding": name, "organ": organ}
-            for organ, names in findings.items()
-            for name in ([names] if isinstance(names, str) else names)
+            {"finding": name, "organ": organ} for organ, names in findings.items() for name in _names_of(organ, names)
         ]
     elif isinstance(findings, Sequence):
         items = list(findings)
@@ -70,19 +68,30 @@ def read_findings(
         needed = {"finding", "organ", *(SIDES if any(side in item for side in SIDES) else ())}
         if missing := needed - set(item):
             raise ValueError(f"findings[{place}] lacks {sorted(missing)}: {dict(item)}.")
+        if not isinstance(item["finding"], str):
+            raise ValueError(f"findings[{place}]: {item['finding']!r} is no name of a finding.")
         if item["organ"] not in organs:
             raise ValueError(
                 f"findings[{place}] ({item['finding']}): organ {item['organ']!r} is not in config.organs "
-                f"{list(organs)}{nearest_name(item['organ'], organs)}."
+                f"{list(organs)}{nearest_name(str(item['organ']), organs)}."
             )
         make = _with_prompts if "positive" in item else _with_template
         checked.append(make(item, template, place))
     return checked
 
 
+def _names_of(organ: str, names) -> list:
+    """The names under one organ, of which there may be one."""
+    if isinstance(names, str):
+        return [names]
+    if not isinstance(names, Sequence):
+        raise ValueError(f"findings[{organ!r}] is {names!r}: give a name or a list of names, or leave the organ out.")
+    return list(names)
+
+
 def _with_template(item: Mapping, template: Sequence[str], place: int) -> dict:
     """A finding without prompts; a full stop of its own is not doubled."""
-    name = str(item["finding"]).strip().rstrip(".")
+    name = item["finding"].strip().rstrip(".")
     if not name:
         raise ValueError(f"findings[{place}] is an empty name.")
     prompts = {side: [text.replace("{}", name)] for side, text in zip(SIDES, template)}

@@ -166,6 +166,9 @@ def test_a_report_is_impression_before_findings():
     assert compose_report("", "A small nodule.") == "A small nodule." and compose_report(None, " ") == ""
 
 
-def test_a_caption_of_an_unknown_organ_is_refused(tokenizer):
+def test_a_caption_that_is_none_or_of_an_unknown_organ_is_refused(tokenizer):
+    for entry in (None, 3, ("Nodule.",), (None, True)):
+        with pytest.raises(ValueError, match=r"scan 0: that of 'lung' is .*; give a text"):
+            encode_captions([{"lung": entry}], ["lung"], tokenizer, 32)
     with pytest.raises(ValueError, match="scan 1: organ 'lungs' is not in config.organs"):
         encode_captions([{}, {"lungs": ("nodule", True)}], ORGANS, tokenizer, 32)
