@@ -73,11 +73,12 @@ NODE_WORDS = frozenset(
 PLACE_WORD = re.compile(r"\b(?:in|at|of|around|along|near|within|between|on|to|from|adjacent|surrounding)\b")
 HEADING = re.compile(rf"(?P<head>[^:.;!?\n]{{2,{MAX_HEADING}}}?)(?P<mark>:(?!\d)|\s[-–—]\s)")
 # In a text of several lines, a heading that names a region and no organ is no part of the sentence behind it.
-REGION_HEADING = re.compile(
-    r"^(?:ct (?:of )?)?(?:the )?(?:head|neck|head and neck|chest|thorax|abdomen|pelvis|abdomen (?:and|&) pelvis"
-    r"|abdomen/pelvis|chest/abdomen/pelvis|whole body|skeleton|extracardiac)\s*:\s*(?=\S)",
-    re.IGNORECASE,
+REGION = (
+    r"^(?:ct (?:of )?)?(?:the )?(?:head|neck|head and neck|chest|thorax|(?:upper |lower )?abdomen|pelvis"
+    r"|abdomen (?:and|&) pelvis|abdomen/pelvis|chest/abdomen/pelvis|whole body|skeleton|extracardiac)"
 )
+REGION_HEADING = re.compile(rf"{REGION}\s*:\s*(?=\S)", re.IGNORECASE)
+REGION_LINE = re.compile(rf"{REGION}\W*$", re.IGNORECASE)
 SUBJECT = re.compile(
     r"(?:the|this|these|those)\s(?:(?:\w|-)+\s){0,4}?(?P<noun>\w+)\s"
     r"(?P<verb>(?:also |again |now |further )?(?:is|are|was|were|has|have|extend|invad|abut|compress|displac|reach|lie"
@@ -624,7 +625,7 @@ class Context:
         if self.is_heading_line(sentence):
             return None
         if (region := REGION_HEADING.match(text)) is not None:  # "ABDOMEN: the liver is normal"
-            self.heading = None
+            self.heading, self.last = None, frozenset()
             body = text[region.end() :]
             if self.has_lines and sentence.begins_line:
                 text = body
@@ -659,6 +660,9 @@ class Context:
         is_alone = text.endswith((":", " -", " –")) and len(text) <= MAX_HEADING
         if not is_alone and not (sentence.is_line and len(text.split()) <= 8 and len(text) <= MAX_HEADING):
             return False
+        if REGION_LINE.match(text):  # what stands under "ABDOMEN" is of any organ there
+            self.heading, self.last = None, frozenset()
+            return True
         named = self.analyse(text.rstrip(" :-–"))
         if self.says_finding(named) or not (is_alone or (named.mentions and self.names_only(named))):
             return is_alone and not named.mentions
@@ -706,13 +710,13 @@ class Context:
         weak = self.by_weak_terms(analysis)
         if analysis.soft and not weak:
             return analysis.soft, False
+        if analysis.is_general and not analysis.weak_beside_general:
+            return frozenset(), True
         if self.heading is not None:
             return (weak & self.heading) or self.heading, True
         for noun in analysis.definite_nouns:
             if (said := self.lookup(noun, analysis)) is not None:
                 return said, False
-        if analysis.is_general and not analysis.weak_beside_general:
-            return frozenset(), True
         if analysis.refers_back and not analysis.is_general and (self.last or not weak):
             paired = self.last & self.lexicon.paired
             return (paired if paired and any(analysis.piece_sides) else self.last), not analysis.has_finding

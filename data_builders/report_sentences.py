@@ -24,7 +24,7 @@ SCRIPT = re.compile(r"<(/?)(script|style)\b[^<>]{0,1000}>", re.IGNORECASE)
 CONTROL = re.compile(
     r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff]"
 )
-NEW_LINE = re.compile(r"\r\n?|\x0b|\x0c|\x85|\u2028|\u2029|_x000[dD]_\n?|\\r\\n|\\n(?=[A-Z\s\d*-])")
+NEW_LINE = re.compile(r"\r\n?|\x0b|\x0c|\x85|\u2028|\u2029|_x000[dD]_\n?|\\\.br\\|\\r\\n|\\n(?=[A-Z\s\d*-])")
 EMPHASIS = re.compile(r"(?<![\w*])\*\*(?=\S)|(?<=\S)\*\*(?![\w*])|(?<!\w)__(?=\S)|(?<=\S)__(?!\w)")
 MARKDOWN_HEADING = re.compile(r"(?m)^[ \t]*#{1,6}[ \t]+(.*?)[ \t]*#*$")
 

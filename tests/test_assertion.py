@@ -103,6 +103,12 @@ CABG. | heart+
 Solitary right kidney. | kidney+
 Both kidneys excrete contrast promptly. | kidney-
 Acute cholecystitis is less likely. | gallbladder-
+Interval clearing of the left lower lobe consolidation. | lung-
+Near-complete interval clearing of the left effusion. | lung+
+Marked regression of the hepatic lesions. | liver+
+No longer seen is the nodule in the lingula. | lung-
+Stable post-radiation change in the left upper lobe. | lung+
+Zero calcium score. | heart-
 Resolved pneumonia. | lung-
 Resolving pneumonia. | lung+
 """

@@ -144,6 +144,10 @@ def test_what_a_report_is_about_tells_what_some_terms_mean(sentences, expected):
         (["ABDOMEN: The liver is normal.", "Nodules are seen."], ["liver", "lung"]),  # a region is no place
         (["Abdomen: laceration of segment 5/6."], ["liver"]),
         (["ORBITS: normal.", "Vessels: no stenosis."], ["face", ""]),
+        (["ABDOMEN", "The appendix is dilated.", "No perforation."], ["", "colon", "colon"]),
+        (["LUNGS: Nodules.", "Suggest follow-up."], ["lung", ""]),
+        (["LUNGS: Nodules.", "The effusion of the last examination is not seen."], ["lung", "lung"]),
+        (["Tumor of the rectum.", "Length: 5.5 cm"], ["colon", "colon"]),
         (["A lesion of the pancreas.", "This is seen on series 5.", "It measures 1 cm."], ["pancreas"] * 3),
         (["Filling defects in the segmental branches of the right upper, middle and lower lobes."], [""]),
         (["CT HEAD WITHOUT CONTRAST", "LOW DOSE CT LUNG SCREENING"], ["", ""]),

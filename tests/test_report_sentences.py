@@ -92,7 +92,7 @@ def test_how_a_sentence_stands():
         ("<script>alert('liver')</script>Spleen<style>x{}</style>.", "Spleen.", {}),
         ("Li\x00ver\x07 \u200bnormal", "Li ver   normal", {"control_characters": 3}),
         ("**Liver:** normal\n## Lungs", "Liver: normal\nLungs:", {}),
-        ("a\r\nb\rc_x000D_\nd", "a\nb\nc\nd", {}),
+        ("a\r\nb\rc_x000D_\nd\\.br\\e", "a\nb\nc\nd\ne", {}),
     ],
 )
 def test_what_is_no_language_goes(text, expected, notes):
