@@ -21,7 +21,6 @@ Rules need no network, give the same result each time, and take some millisecond
 """
 
 import argparse
-import csv
 import json
 import multiprocessing
 import os
@@ -30,163 +29,33 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 from modeling_fvlm.organs import load_organ_set
 
-from .cases import counted, nearest
+from .cases import counted
 from .decompose import decompose_report
 from .decomposition import Decomposition
-from .folder_reports import WORKBOOK_BEGINNINGS, WORKBOOK_ENDINGS, read_json, separator_of
 from .lexicon import Lexicon, load_lexicon
 from .llm_decompose import NOT_BY_MODEL
 from .llm_options import add_llm_arguments, check_llm_arguments, open_llm
+from .report_files import Reports, TextReport, open_reports
 from .report_labels import FindingRules, load_finding_rules
 from .shards import replace_durably
 from .summary import console
 
-# Ours -> how releases call it.
-NAMES = {
-    "id": ("id", "VolumeName", "scan_id", "report_id", "study id", "AccessionNo"),
-    "findings": ("findings", "Findings_EN", "Findings", "report", "report_text", "text"),
-    "impression": ("impression", "Impressions_EN", "Impression", "Conclusion", "conclusion"),
-}
-NOT_GIVEN = ("not given.", "not given", "nan", "none given.")
 CHUNK = 32  # reports that go to a process at once
-BEGINNING = 1 << 16
 FORMATS = ("json", "published", "csv")
 NOTES = {
     "empty": "without text",
+    "no_id": "without an id, named by the place in the file",
     "not_english": "not English, as far as can be told: no sentence of theirs was given to an organ",
     "html": "with HTML, which was taken out",
     "long_sentences": "with a sentence of thousands of characters, of which the beginning was read",
     "control_characters": "with control characters, which were taken out",
 }
-
-
-class TextReport(NamedTuple):
-    """A report as it was read."""
-
-    id: str
-    findings: str
-    impression: str
-
-
-@dataclass(frozen=True)
-class Reports:
-    """Reports of a file, read anew by each walk over them; of a CSV or JSON lines one at a time is in memory."""
-
-    path: Path
-    columns: Mapping[str, str]
-
-    def __iter__(self) -> Iterator[TextReport]:
-        seen: set[str] = set()
-        for name, row in self.rows():
-            texts = [as_text(row.get(self.columns[key]), self.path, name, key) for key in ("findings", "impression")]
-            if name in seen:
-                raise ValueError(f"{self.path.name}: the id {name!r} comes twice; a report needs its own.")
-            seen.add(name)
-            yield TextReport(name, *texts)
-
-    def rows(self) -> Iterator[tuple[str, Mapping[str, object]]]:
-        ending = self.path.suffix.lower()
-        if ending == ".json":
-            yield from read_json(self.path).items()
-        elif ending == ".jsonl":
-            with self.path.open(encoding="utf-8-sig") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield self.of_line(line, number)
-        else:
-            yield from self.of_csv()
-
-    def of_line(self, line: str, number: int) -> tuple[str, Mapping[str, object]]:
-        try:
-            row = json.loads(line)
-            return str(row[self.columns["id"]]), row
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(
-                f'{self.path.name}, line {number} is not of the form {{"id", "findings", "impression"}}.'
-            ) from None
-
-    def of_csv(self) -> Iterator[tuple[str, Mapping[str, object]]]:
-        csv.field_size_limit(2**27)  # a report may be longer than the 131,072 characters csv allows
-        reader = None
-        try:
-            with self.path.open(newline="", encoding="utf-8-sig") as file:
-                separator = separator_of(file.read(BEGINNING))
-                file.seek(0)
-                reader = csv.DictReader((line.replace("\0", " ") for line in file), delimiter=separator)
-                reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-                for row in reader:
-                    yield (row[self.columns["id"]] or "").strip() or f"line {reader.line_num}", row
-        except UnicodeDecodeError as error:
-            line = 0 if reader is None else reader.line_num
-            raise ValueError(f"{self.path.name} is not UTF-8 after line {line} ({error}); save it as UTF-8.") from None
-        except csv.Error as error:
-            raise ValueError(f"{self.path.name}, line {reader.line_num}: {error}.") from None
-
-
-def as_text(value: object, path: Path, name: str, key: str) -> str:
-    """A cell as text; the words for an empty one are none."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"{path.name}, {name}: {key!r} is no text, but a {type(value).__name__}.")
-    # Half a character, as "\\ud800" in JSON may leave, can be written into no file.
-    value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return "" if value.strip().lower() in NOT_GIVEN else value
-
-
-def open_reports(path: Path, columns: Sequence[str]) -> Reports:
-    """The reports of a file, under our names.
-
-    Args:
-        columns: OURS=YOURS of `--columns`.
-
-    Raises:
-        ValueError: If there is no such file, it is a workbook, or a column is missing.
-    """
-    if not path.is_file():
-        raise ValueError(f"--reports: there is no file {path}.")
-    with path.open("rb") as file:
-        beginning = file.read(8)
-    if path.suffix.lower() in WORKBOOK_ENDINGS or beginning.startswith(WORKBOOK_BEGINNINGS):
-        raise ValueError(
-            f"{path.name} is a workbook, not a CSV. Open it in the spreadsheet program, save the sheet as "
-            "'CSV UTF-8 (comma delimited)', and give that file."
-        )
-    renamed = {}
-    for pair in (pair for argument in columns for pair in argument.split(",")):
-        ours, equals, theirs = pair.partition("=")
-        if not equals or not theirs or ours not in NAMES:
-            raise ValueError(
-                f"--columns {pair!r} is not OURS=YOURS with OURS one of {list(NAMES)}{nearest(ours, NAMES)}."
-            )
-        renamed[ours] = theirs
-    if path.suffix.lower() in (".json", ".jsonl"):
-        return Reports(path, {ours: renamed.get(ours, ours) for ours in NAMES})
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        text = file.read(BEGINNING)
-    present = [name.strip() for name in next(csv.reader(text.splitlines(), delimiter=separator_of(text)), [])]
-    chosen = {}
-    for ours, theirs in NAMES.items():
-        wanted = (renamed[ours],) if ours in renamed else theirs
-        chosen[ours] = next((name for name in wanted if name in present), "")
-        if not chosen[ours] and (ours in renamed or ours == "id"):
-            raise ValueError(
-                f"{path.name} has no column {wanted[0]!r}; it has {present[:20]}{nearest(wanted[0], present)}. "
-                f"Say which it is with --columns {ours}=..."
-            )
-    if not (chosen["findings"] or chosen["impression"]):
-        raise ValueError(
-            f"{path.name} has no column findings or impression; it has {present[:20]}{nearest('findings', present)}. "
-            "Say which it is with --columns findings=..."
-        )
-    return Reports(path, chosen)
 
 
 @dataclass(frozen=True)
@@ -265,8 +134,9 @@ class Tally:
 
     def lines(self, organs: Sequence[str], seconds: float) -> Iterator[str]:
         yield (
-            f"{counted(self.reports, 'report')} in {seconds:.1f} s: {self.sentences:,} sentences for "
-            f"{len(organs)} organs; {counted(self.uncertain, 'report')} with a sentence whose place is a guess"
+            f"{counted(self.reports, 'report')} in {seconds:.1f} s: {counted(self.sentences, 'sentence')} for "
+            f"{counted(len(organs), 'organ')}; {counted(self.uncertain, 'report')} with a sentence whose place is a "
+            "guess"
         )
         if self.without_organ:
             yield f"  {counted(self.without_organ, 'report')} of which no sentence went to an organ"
@@ -287,6 +157,8 @@ class Tally:
 def entries_of(pairs: Iterable[tuple[TextReport, Decomposition]], tally: Tally) -> Iterator[dict]:
     """As they are written: with the texts, so that the file can be looked at, scored and corrected by itself."""
     for report, decomposition in pairs:
+        if not report.has_id:
+            decomposition = replace(decomposition, notes={**decomposition.notes, "no_id": 1})
         tally.add(decomposition)
         content = decomposition.to_json()
         yield {"id": content.pop("id"), "findings": report.findings, "impression": report.impression, **content}
@@ -335,7 +207,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         help="CSV (commas, semicolons or tabs), JSON or JSON lines of reports: columns id, findings, impression, or as "
-        "CT-RATE names them. A whole report in one column is cut at its headers.",
+        "CT-RATE names them; or a folder of .txt, a report each. A whole report in one text is cut at its headers.",
     )
     parser.add_argument(
         "--organs", required=True, help="Organ set: chest_4, body_24, body_36, or a YAML file of yours."

@@ -11,9 +11,10 @@ from pathlib import Path
 from modeling_fvlm.organs import ORGAN_SETS, load_organ_set
 
 from .cases import nearest
-from .folder_reports import load_json, read_json, read_sheet
-
-SECTIONS = ("findings", "impression")
+from .decomposition import SECTIONS
+from .folder_files import without_ending
+from .folder_reports import load_json
+from .report_files import open_reports
 
 
 def read_decompositions(path: Path) -> list[dict]:
@@ -102,14 +103,16 @@ def with_texts(entries: Sequence[Mapping], reports: Path | None, source: Path) -
     Raises:
         ValueError: If a report has a text in neither.
     """
-    text_of: dict[str, Mapping] = {}
-    if reports is not None and reports.suffix.lower() == ".json":
-        text_of = read_json(reports)
-    elif reports is not None:
-        text_of = {row["id"]: row for row in read_sheet(reports, ["id"])[1]}
+    text_of: dict[str, dict[str, str]] = {}
+    if reports is not None:
+        text_of = {
+            without_ending(report.id): {"findings": report.findings, "impression": report.impression}
+            for report in open_reports(reports)
+        }
     result = []
     for entry in entries:
-        texts = {section: entry.get(section) or text_of.get(entry["id"], {}).get(section) or "" for section in SECTIONS}
+        own = text_of.get(without_ending(entry["id"]), {})
+        texts = {section: entry.get(section) or own.get(section) or "" for section in SECTIONS}
         if not any(texts.values()) and any(entry["organs"].values()):
             where = f"in {source.name}" if reports is None else f"in {source.name} nor in {reports.name}"
             raise ValueError(f"the report {entry['id']!r} has no text {where}. Give --reports with its findings.")

@@ -99,7 +99,10 @@ def read_sheet(path: Path, required: Sequence[str] = ()) -> tuple[list[str], lis
 def separator_of(text: str) -> str:
     """The separator under which the first line has the most columns; a comma where none has more than one."""
     start = text[: 1 << 16]
-    return max(SEPARATORS, key=lambda separator: len(next(csv.reader(io.StringIO(start), delimiter=separator), ())))
+    return max(
+        SEPARATORS,
+        key=lambda separator: len(next(csv.reader(io.StringIO(start, newline=None), delimiter=separator), ())),
+    )
 
 
 def read_table(path: Path, columns: Sequence[str]) -> tuple[list[str], list[Row]]:
@@ -146,7 +149,7 @@ def load_json(path: Path, option: str):
         return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
     except FileNotFoundError:
         raise ValueError(f"{option}: there is no file {path}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path.name} is no JSON: {error}.") from None
 
 
