@@ -708,8 +708,8 @@ class Context:
             ) and not analysis.is_general
             return (self.last, False) if refers else (frozenset(), True)
         weak = self.by_weak_terms(analysis)
-        if analysis.soft and not weak:
-            return analysis.soft, False
+        if analysis.soft and (not weak or analysis.weak & analysis.soft):
+            return (analysis.weak & analysis.soft) or analysis.soft, False
         if analysis.is_general and not analysis.weak_beside_general:
             return frozenset(), True
         if self.heading is not None:

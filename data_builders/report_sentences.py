@@ -32,7 +32,8 @@ MARKDOWN_HEADING = re.compile(r"(?m)^[ \t]*#{1,6}[ \t]+(.*?)[ \t]*#*$")
 ABBREVIATION = re.compile(
     r"(?:\b(?:dr|prof|mr|mrs|ms|st|vs|prev|approx|ca|cf|fig|figs|e\.?g|i\.?e|resp|incl|max|min|rt|lt|bilat|ant|post|sup|inf"
     r"|lat|med|art|lig|seg|segm|ser|im|img|avg|diam|resp|temp|a\.p|i\.v|p\.o|w\.?r\.?t|st\. ?p|z\. ?n|s\. ?p|dept|vol"
-    r"|susp|poss|prob|hx|h/o|r/o|c/w|w/o|inc|para|dd|ddx|cont|eval)"
+    r"|susp|poss|prob|hx|h/o|r/o|c/w|w/o|inc|para|dd|ddx|cont|eval|(?<!segment )(?<!segments )(?<!stage )(?<!grade )"
+    r"(?<!type )(?<!class )(?<!level )(?<!zone )(?<!and )(?<!to )(?<!or )(?<!group )iv)"
     r"|\b(?:dr|prof)\.? [A-Z]|(?<=[A-Z]\. )[A-Z]|^[A-Z])\.$",
     re.IGNORECASE,
 )

@@ -148,6 +148,8 @@ def test_what_a_report_is_about_tells_what_some_terms_mean(sentences, expected):
         (["LUNGS: Nodules.", "Suggest follow-up."], ["lung", ""]),
         (["LUNGS: Nodules.", "The effusion of the last examination is not seen."], ["lung", "lung"]),
         (["Tumor of the rectum.", "Length: 5.5 cm"], ["colon", "colon"]),
+        (["The lungs are clear.", "Parenchymal calcification at the level of liver segment 7."], ["lung", "liver"]),
+        (["The trachea is open.", "Both hemithorax are symmetrical."], ["trachea", "lung"]),
         (["A lesion of the pancreas.", "This is seen on series 5.", "It measures 1 cm."], ["pancreas"] * 3),
         (["Filling defects in the segmental branches of the right upper, middle and lower lobes."], [""]),
         (["CT HEAD WITHOUT CONTRAST", "LOW DOSE CT LUNG SCREENING"], ["", ""]),
