@@ -42,6 +42,7 @@ ALL += ["--curriculum", "frequency", "--organ_token_dropout", "0.2", "--organ_la
 
 def test_a_run_with_all_of_it_ends_in_a_plain_model_and_goes_on(work, capsys):
     words = [*ALL, "--label_task", str(work / "task.yaml"), "--centring_rows", "8", "--logging_steps", "1"]
+    words += ["--eval_strategy", "steps", "--eval_steps", "3"]  # of the first model alone
     assert run(work, "all", *words) == 0
     folder = work / "all"
     state = json.loads((folder / "trainer_state.json").read_text())

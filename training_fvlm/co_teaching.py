@@ -26,6 +26,7 @@ import torch
 from accelerate import skip_first_batches
 from torch import Tensor
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import IntervalStrategy
 
 from .arguments import FVLMTrainingArguments
 from .broken_steps import BrokenStep
@@ -38,11 +39,12 @@ SEED_OFFSET = 1_000_003
 
 
 def peer_arguments(args: FVLMTrainingArguments) -> FVLMTrainingArguments:
-    """The peer's arguments: those of the run, with other seeds, and nothing that reports or publishes."""
+    """The peer's arguments: those of the run, with other seeds, and nothing that reports, evaluates or publishes."""
     mine = copy.copy(args)
     mine.seed = args.seed + SEED_OFFSET
     mine.data_seed = None if args.data_seed is None else args.data_seed + SEED_OFFSET
     mine.report_to, mine.push_to_hub, mine.disable_tqdm = [], False, True
+    mine.eval_strategy, mine.load_best_model_at_end = IntervalStrategy.NO, False
     return mine
 
 
