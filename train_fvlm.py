@@ -266,7 +266,7 @@ def end_overfit(trainer: FVLMTrainer, run: dict[str, Any], overfit: Overfit) -> 
     """The verdict of --overfit: a sentence, and the exit status."""
     is_learned, sentence = overfit.verdict()
     if trainer.is_world_process_zero():
-        run["overfit"] = {"is_learned": is_learned, "verdict": sentence}
+        run["overfit"] = {"is_learned": is_learned, "verdict": without_folders(sentence)}
         write_progress(trainer, run)
         draw_if_logged(trainer.args.output_dir)
         logger.warning("%s", sentence)

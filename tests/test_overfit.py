@@ -34,7 +34,7 @@ def test_patients_are_learned_by_heart_and_the_run_stops(work, caplog):
     assert train_fvlm.main(command(work, "run")) == 0
     facts = json.loads((work / "run" / "run.json").read_text())
     assert facts["overfit"]["is_learned"] and facts["overfit"]["verdict"] in caplog.text
-    assert "6 patients learned by heart in" in facts["overfit"]["verdict"] and facts["steps"] < 200
+    assert "--overfit passed: 6 patients learned by heart in" in facts["overfit"]["verdict"] and facts["steps"] < 200
     last = [row for row in OrganLossFile(work / "run" / "organ_losses.csv").read() if row.step == facts["steps"]]
     assert len(last) == len(ORGANS)
     assert all(row.loss < row.floor + (1 - FITTED) * (row.chance - row.floor) for row in last if row.active)
@@ -46,8 +46,9 @@ def test_a_run_that_does_not_learn_fails_with_the_likely_cause(work, caplog):
     assert train_fvlm.main(command(work, "still", "--learning_rate", "0", "--max_steps", "12")) == 1
     facts = json.loads((work / "still" / "run.json").read_text())
     assert not facts["overfit"]["is_learned"] and facts["steps"] == 12
-    assert "NOT learned by heart in 12 steps. Of 3 organs 3 have gone less than 90 %" in caplog.text
+    assert "--overfit NOT passed: 6 patients not learned by heart in 12 steps. Of 3 organs 3 have" in caplog.text
     assert "Likely cause: --learning_rate, too high or too low by far" in caplog.text
+    assert f"curves {work / 'still'}`" in caplog.text and str(work) not in facts["overfit"]["verdict"]
 
 
 def test_what_makes_it_harder_is_set_aside(work):
@@ -111,7 +112,7 @@ def judged(learned, norms, share, cosine=0.3):
     trainer = SimpleNamespace(
         logged_rows=rows,
         state=SimpleNamespace(global_step=100),
-        args=SimpleNamespace(group_size=6),
+        args=SimpleNamespace(group_size=6, output_dir="out"),
         window=SimpleNamespace(organs=ORGANS),
         train_dataset=list(range(6)),
         data_collator=lambda rows: batch,
