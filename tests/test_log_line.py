@@ -76,6 +76,7 @@ def test_organs_in_short():
         row("hip", 2.0, floor=2.0),
     ]
     assert in_short(rows) == "1 of 3 organs below chance, best lung 75 %, worst aorta -10 %"
+    assert in_short(rows[:1]) == "1 of 1 organs below chance, lung 75 %"
     assert in_short(rows[3:]) == "no organ in the loss"
 
 

@@ -41,7 +41,7 @@ class LogLine(TrainerCallback):
         elif evaluation := next((name for name in logs if name.endswith("_runtime") and name != "train_runtime"), None):
             line = evaluation_line(logs, state, self.trainer.evaluated_rows, evaluation.removesuffix("runtime"))
         elif "train_runtime" in logs:
-            line = f"{_step(state)}  mean loss {logs['train_loss']:.3f}  {logs['train_runtime']:.0f} s"
+            line = f"{_step(state)}  mean loss of the run {logs['train_loss']:.3f}  {logs['train_runtime']:.0f} s"
         else:
             line = "  ".join([_step(state), *_named(logs)])
         tqdm.write(line)
@@ -118,11 +118,12 @@ def in_short(rows: Sequence[OrganLossRow]) -> str:
     learned = {row.organ: row.learned for row in rows if not math.isnan(row.learned)}
     if not learned:
         return "no organ in the loss"
-    best, worst = (choose(learned, key=learned.__getitem__) for choose in (max, min))
-    count = sum(share > PART for share in learned.values())
-    named = ", ".join(
-        f"{which} {organ} {round(100 * learned[organ])} %" for which, organ in (("best", best), ("worst", worst))
+    best, worst = (
+        f"{organ} {round(100 * learned[organ])} %"
+        for organ in (choose(learned, key=learned.__getitem__) for choose in (max, min))
     )
+    count = sum(share > PART for share in learned.values())
+    named = best if len(learned) == 1 else f"best {best}, worst {worst}"
     return f"{count} of {len(learned)} organs below chance, {named}"
 
 
