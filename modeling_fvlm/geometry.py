@@ -261,12 +261,14 @@ def resample_mask(
     """Resample a label map to the same grid as `resample_volume`, taking the nearest voxel's label (uint8)."""
     new_shape = resampled_shape(mask.shape, spacing, new_spacing)
     box = _full_box(new_shape) if box is None else _checked_box(box, new_shape)
-    for axis, (size, new_size, part) in enumerate(zip(mask.shape, new_shape, box)):
-        if size == new_size:
-            mask = mask[(slice(None),) * axis + (part,)]
-        else:
-            mask = np.take(mask, nearest_cells(size, new_size)[part], axis=axis)
-    return np.array(mask, dtype=np.uint8, order="C")
+    depths, rows, columns = (
+        nearest_cells(size, new_size)[part] for size, new_size, part in zip(mask.shape, new_shape, box)
+    )
+    labels = np.empty((len(depths), len(rows), len(columns)), dtype=np.uint8)
+    # Slice by slice: take would copy the whole of a view first, as a file in another order of axes is.
+    for target, depth in zip(labels, depths):
+        target[...] = mask[depth].take(rows, axis=0).take(columns, axis=1)
+    return labels
 
 
 def nearest_cells(size: int, new_size: int) -> np.ndarray:

@@ -10,7 +10,8 @@ This is `preprocessing: standard`; published_preparation.py holds the published 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,9 +37,30 @@ class PreparedScan:
     box: tuple[slice, slice, slice]
 
 
+class ResampledMask(NamedTuple):
+    """A mask on the model's grid, and what is still needed of the whole one.
+
+    Attributes:
+        labels: Of the segmentation, uint8 `(depth, height, width)`.
+        highest: The highest label of the whole mask.
+        whole: Geometry, name and notes of the mask; its voxels are gone.
+    """
+
+    labels: np.ndarray
+    highest: int
+    whole: Volume
+
+
+def resampled_mask(mask: Volume, spacing: Sequence[float]) -> ResampledMask:
+    """A mask by itself on the model's grid (step 2), so that it need not be in memory beside its volume."""
+    labels = resample_mask(mask.array, mask.spacing, spacing)
+    no_voxels = np.broadcast_to(np.uint8(0), mask.array.shape)
+    return ResampledMask(labels, int(mask.array.max()), replace(mask, array=no_voxels))
+
+
 def prepare_scan(
     volume: Volume,
-    mask: Volume,
+    mask: Volume | ResampledMask,
     table: np.ndarray,
     spacing: Sequence[float],
     margin_voxels: Sequence[int],
@@ -47,7 +69,8 @@ def prepare_scan(
 
     Args:
         volume: From `read_nifti` or `volume_from_array`.
-        mask: From `read_nifti_mask` or `mask_from_array`, with the labels of the segmentation.
+        mask: From `read_nifti_mask` or `mask_from_array`, with the labels of the segmentation; or what `resampled_mask`
+            has made of it.
         table: From `organ_label_table`.
         spacing: The model's voxel size in mm along (depth, height, width).
         margin_voxels: Voxels of `spacing` kept around the organs on both sides.
@@ -55,9 +78,10 @@ def prepare_scan(
     Raises:
         BadVolumeError: If the two are not on one grid, a label is outside the numbering, or no organ is present.
     """
-    check_same_grid(volume, mask)  # (1)
-    labels = resample_mask(mask.array, mask.spacing, spacing)  # (2) fewer voxels first, then the lookup
-    organs = organs_of_labels(labels, int(mask.array.max()), table, volume.name, mask.name)
+    check_same_grid(volume, mask if isinstance(mask, Volume) else mask.whole)  # (1)
+    if isinstance(mask, Volume):
+        mask = resampled_mask(mask, spacing)  # (2) fewer voxels first, then the lookup
+    organs = organs_of_labels(mask.labels, mask.highest, table, volume.name, mask.whole.name)
     box = organ_box(organs, margin_voxels)  # (3)
     return PreparedScan(
         volume=resample_volume(volume.array, volume.spacing, spacing, box),  # (4)

@@ -1,14 +1,20 @@
 """A scan prepared slice by slice equals the same scan read whole: arrays, spacing, notes and messages."""
 
+import dataclasses
 import errno
 import gzip
+import tracemalloc
+import weakref
 
 import nibabel
 import numpy as np
 import pytest
+from test_ready_captions import settings_of
 
+from data_builders import run_cases
+from data_builders.cases import Case
 from modeling_fvlm import image_files, one_pass
-from modeling_fvlm.geometry import BadVolumeError
+from modeling_fvlm.geometry import BadVolumeError, resample_mask
 from modeling_fvlm.one_pass import can_be_streamed, prepare_files
 from modeling_fvlm.organs import UNKNOWN_LABEL
 from modeling_fvlm.preparation import prepare_scan
@@ -100,6 +106,38 @@ def test_the_files_are_not_read_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize("order", [(2, 1, 0), (0, 2, 1), (1, 2, 0), (2, 0, 1)])
 def test_other_orders_of_the_axes_are_left_to_the_whole_file(tmp_path, order):
     assert not can_be_streamed(*write_pair(tmp_path, order=order))
+
+
+def test_a_whole_mask_is_given_back_before_its_volume_is_read(tmp_path, monkeypatch):
+    """Of what cannot be streamed, one file is in memory at a time: the mask's part on the model's grid is small."""
+    volume, mask = write_pair(tmp_path, order=(2, 1, 0))
+    settings = dataclasses.replace(settings_of("body_24"), spacing=(3.0, 1.0, 1.0))
+    masks = []
+
+    def reading_mask(*arguments):
+        read = read_mask(*arguments)
+        masks.append(weakref.ref(read.array if read.array.base is None else read.array.base))
+        return read
+
+    def reading_volume(*arguments, **more):
+        assert masks and masks[0]() is None, "the mask's voxels are still in memory"
+        return read_volume(*arguments, **more)
+
+    monkeypatch.setattr(run_cases, "read_mask", reading_mask)
+    monkeypatch.setattr(run_cases, "read_volume", reading_volume)
+    case = Case("train", "p", "p", "p", volume, mask, findings="Clear.")
+    scan, _ = run_cases.read_scan(case, settings, volume, mask)
+    assert scan.mask.any()
+
+
+def test_a_mask_in_another_order_of_axes_is_resampled_without_a_copy_of_it():
+    """np.take on a view copies the whole of it first."""
+    mask = np.ones((60, 90, 80), dtype=np.uint8, order="F")[:, ::-1]
+    tracemalloc.start()
+    labels = resample_mask(mask, (1.0, 1.0, 1.0), (5.0, 5.0, 5.0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert labels.all() and labels.shape == (12, 18, 16) and peak < mask.nbytes / 4
 
 
 def test_other_types_scales_and_formats_are_left_to_the_whole_file(tmp_path):
