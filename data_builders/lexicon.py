@@ -34,7 +34,7 @@ AMERICAN = {
 # What scanned text takes for another: each is tried by itself.
 MISREAD = (
     ("rn", "m"), ("m", "rn"), ("cl", "d"), ("d", "cl"), ("vv", "w"), ("ii", "u"), ("li", "h"), ("1", "l"), ("1", "i"),
-    ("0", "o"), ("5", "s"), ("8", "b"), ("6", "b"), ("ri", "n"), ("tl", "d"), ("c", "e"), ("nn", "m"),
+    ("0", "o"), ("5", "s"), ("8", "b"), ("6", "b"), ("ri", "n"), ("tl", "d"), ("c", "e"), ("nn", "m"), ("f", "ph"),
 )  # fmt: skip
 MIN_MENDED = 6  # letters of the shortest word whose misprints are mended
 MAX_MENDED = 40  # and of the longest: a run of letters is no word
@@ -256,8 +256,9 @@ class Lexicon:
         if any(map(str.isdigit, word)):
             tried = word.translate(str.maketrans("01586", "olsbb"))
             return tried if tried in self.vocabulary else word
-        if len(word) < MIN_MENDED:
-            return word
+        if len(word) < MIN_MENDED:  # of short ones a letter lost from an organ's own name: "kidny", "speen"
+            lost = sorted(self._deletions.get(word, set()) & self.terms.keys())
+            return lost[0] if lost and len(word) == MIN_MENDED - 1 else word
         near = set(self._deletions.get(word, ()))  # a letter was lost
         for place in range(len(word)):
             shorter = word[:place] + word[place + 1 :]

@@ -127,7 +127,8 @@ def test_an_organ_of_the_users_own_is_known_by_its_classes():
         ("calibre", "caliber"), ("vertebrae", "vertebra"), ("sub-pleural", "subpleural"),
         ("Gall Bladder", "gall bladders"), ("pneurnothorax", "pneumothorax"), ("k1dney", "kidney"),
         ("pancraes", "pancreas"), ("hydronephrosls", "hydronephrosis"), ("metastases", "metastasis"),
-        ("peri-cardial", "pericardial"), ("ga11b1adder", "gallbladder"),
+        ("peri-cardial", "pericardial"), ("ga11b1adder", "gallbladder"), ("hydronefrosis", "hydronephrosis"),
+        ("kidnies", "kidney"), ("speen", "spleen"),
     ],
 )  # fmt: skip
 def test_spellings_that_are_one(one, other):

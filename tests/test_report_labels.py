@@ -58,6 +58,8 @@ def test_every_finding_is_stated_denied_and_suspected_by_its_first_term(finding)
         ("No effusion. Small pleural effusion on the left.", {"Pleural effusion": "present"}),
         ("No effusion, mild emphysema in both upper lobes.",
          {"Pleural effusion": "absent", "Emphysema": "present"}),
+        ("Bilat pl eff, no consol, minor atx.",
+         {"Pleural effusion": "present", "Consolidation": "absent", "Atelectasis": "present"}),
         ("Coronary calcium score is 0.", {"Coronary artery wall calcification": "absent"}),
         ("Coronary calcium score of 40.", {"Coronary artery wall calcification": "present"}),
         ("Heart size is at the upper limits of normal.", {"Cardiomegaly": "absent"}),
