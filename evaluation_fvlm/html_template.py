@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+MOST_COLUMNS = 8  # of a table that has room for figures and their intervals on one line
 NUMBER = r"[-−+]?\d[\d,.]*%?"
 # Nothing, or a number as the tables have them: `0.91`, `14 of 30`, `0.91 (0.85 to 0.95)`.
 NUMBERS = re.compile(rf"({NUMBER}(( / | to | of ){NUMBER})*( \([^()]*\))?)?")
+FIGURE = re.compile(rf"({NUMBER}) (\({NUMBER} to {NUMBER}\))")
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ TEMPLATE = """\
 <title>{{ title }}</title>
 <style>
 :root { color: #1b1b1b; background: #fff; font: 16px/1.5 system-ui, sans-serif; }
-body { margin: 0 auto; max-width: 76rem; padding: 1rem; overflow-wrap: anywhere; }
+body { margin: 0 auto; max-width: 78rem; padding: 1rem; overflow-wrap: anywhere; }
 h1, h2, h3 { line-height: 1.2; }
 h2 { border-bottom: 2px solid #1b1b1b; margin-top: 2.5rem; }
 a { color: #0b4f8a; }
@@ -124,13 +126,17 @@ nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3re
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; overflow-wrap: normal; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; white-space: nowrap; }
-th, td { border: 1px solid #767676; padding: .2rem .5rem; text-align: right; vertical-align: top; }
+th, td { border: 1px solid #767676; padding: .2rem .4rem; text-align: right; vertical-align: top; }
 thead th { background: #eef1f4; text-align: left; }
+.range { font-size: .8rem; color: #404040; }
+.many { font-size: .85rem; }
+.many .range { display: block; font-size: .75rem; }
 thead button { font: inherit; font-weight: 700; color: inherit; text-align: left; background: none; border: 0;
   padding: 0; cursor: pointer; }
 [aria-sort=descending] button::after { content: " \\2193"; }
 [aria-sort=ascending] button::after { content: " \\2191"; }
-tbody th { text-align: left; font-weight: 400; }
+tbody th { text-align: left; font-weight: 400; background: #fff; }
+tr > th:first-child { position: sticky; left: 0; z-index: 1; box-shadow: 1px 0 #767676, -1px 0 #767676; }
 td { white-space: nowrap; }
 td.text { text-align: left; }
 td.long { text-align: left; white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
@@ -142,6 +148,19 @@ figcaption { font-size: .9rem; }
 blockquote { margin: .4rem 0; padding-left: .8rem; border-left: .25rem solid #767676; }
 svg, img { max-width: 100%; height: auto; display: block; }
 .wide svg { min-width: 40rem; max-width: 60rem; }
+@media (max-width: 40rem) {
+  table, .many { font-size: .8rem; }
+  .range, .many .range { display: block; font-size: .7rem; }
+  th, td { padding: .15rem .3rem; }
+  tr > th:first-child { min-width: 7.2rem; overflow-wrap: anywhere; }
+  caption { white-space: normal; }
+  td.text, td.long { white-space: normal; min-width: 4.5rem; }
+  td.long { min-width: 11rem; }
+  .wide svg { min-width: 34rem; }
+  .headlines { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; }
+  .headlines div { min-width: 0; padding: .4rem .6rem; }
+  .headlines dd.value { font-size: 1.3rem; }
+}
 @media print {
   :root { font-size: 10pt; }
   nav { display: none; }
@@ -156,13 +175,13 @@ svg, img { max-width: 100%; height: auto; display: block; }
 <body>
 {% macro show(table) %}
 <div class="wide" role="region" aria-label="{{ table.caption }}" tabindex="0">
-<table{% if table.is_sortable %} class="sortable"{% endif %}>
+<table class="{{ 'sortable' if table.is_sortable }}{{ ' many' if table.columns|length > MOST_COLUMNS }}">
 <caption>{{ table.caption }}</caption>
 <thead><tr>{% for column in table.columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in table.rows %}
 <tr><th scope="row">{{ row[0] }}</th>
-{%- for cell in row[1:] %}<td class="{{ kind_of_cell(cell) }}">{{ cell }}</td>
+{%- for cell in row[1:] %}<td class="{{ kind_of_cell(cell) }}">{{ cell_content(cell) }}</td>
 {%- endfor %}</tr>
 {% endfor %}
 </tbody>
@@ -237,6 +256,8 @@ def render_page(title: str, lead: str, terms: str, sections: Sequence[Section], 
         warnings=warnings,
         sections=[section for section in sections if not section.is_empty],
         kind_of_cell=kind_of_cell,
+        cell_content=cell_content,
+        MOST_COLUMNS=MOST_COLUMNS,
         policy=policy,
         script=Markup(SCRIPT),
     )
@@ -247,3 +268,9 @@ def kind_of_cell(cell: str | float) -> str:
     if not isinstance(cell, str) or NUMBERS.fullmatch(cell):
         return "number"
     return "long" if len(cell) > 40 else "text"
+
+
+def cell_content(cell: str | float) -> str | float:
+    """A cell as it is; the interval of a figure may go onto a line of its own, which halves its column."""
+    figure = FIGURE.fullmatch(cell) if isinstance(cell, str) else None
+    return Markup('{} <span class="range">{}</span>').format(*figure.groups()) if figure else cell

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from evaluation_fvlm.binary_metrics import RANKING_METRICS
 from evaluation_fvlm.chosen_cases import worst_errors
 from evaluation_fvlm.html_charts import curves_chart, interval_chart, reliability_chart
 from evaluation_fvlm.html_template import Chart, Picture, Section, Table
@@ -137,38 +138,40 @@ def task_sections(evaluation: Mapping, of_task: str, stem: str) -> list[Section]
 
 
 def finding_section(evaluation: Mapping, of_task: str, stem: str) -> Section:
-    shown = [name for name in METRICS if any(figure_of(m, name) for m in evaluation["per_finding"].values())]
-    rows = []
-    for finding, metrics in evaluation["per_finding"].items():
+    per_finding = evaluation["per_finding"]
+    shown = [name for name in METRICS if any(figure_of(m, name) for m in per_finding.values())]
+    ranking, decisions = ([name for name in shown if (name in RANKING_METRICS) == wanted] for wanted in (True, False))
+    rows, rows_at_threshold = [], []
+    for finding, metrics in per_finding.items():
         left_out = sum(metrics.get("excluded", {}).values())
+        counts = (metrics["positives"], metrics["negatives"], left_out)
+        figures = (figure_text(figure_of(metrics, name)) for name in ranking)
+        rows.append((finding, *figures, metrics["organ"], *counts, metrics.get("reason") or ""))
         threshold = (metrics.get("threshold") or {}).get("value")
-        rows.append(
-            (
-                finding,
-                metrics["organ"],
-                metrics["positives"],
-                metrics["negatives"],
-                left_out,
-                *(figure_text(figure_of(metrics, name)) for name in shown),
-                number(threshold),
-                metrics.get("reason") or metrics.get("threshold_reason") or "",
-            )
+        figures = (figure_text(figure_of(metrics, name)) for name in decisions)
+        rows_at_threshold.append((finding, number(threshold), *figures, metrics.get("threshold_reason") or ""))
+    tables = [
+        table_with_notes(
+            "Every finding",
+            ("finding", *(NAMES[name] for name in ranking), "organ", "with", "without", "left out", "note"),
+            rows,
+            "With, without: cases that are scored and labelled.",
         )
-    columns = ("finding", "organ", "with", "without", "left out", *(NAMES[name] for name in shown), "threshold", "note")
-    return Section(
-        f"Findings{of_task}",
-        f"{stem}findings",
-        tables=(
-            Table(
-                "Every finding",
-                columns,
-                rows,
-                "With, without: cases that are scored and labelled. Present is a score strictly above the threshold; "
-                "with cross-validation the mean over the folds is shown.",
-                is_sortable=True,
-            ),
-        ),
-    )
+    ]
+    if decisions:
+        columns = ("finding", "threshold", *(NAMES[name] for name in decisions), "note")
+        note = (
+            "Present is a score strictly above the threshold; with cross-validation the mean over the folds is shown."
+        )
+        tables.append(table_with_notes("Every finding at its threshold", columns, rows_at_threshold, note))
+    return Section(f"Findings{of_task}", f"{stem}findings", tables=tuple(tables))
+
+
+def table_with_notes(caption: str, columns: tuple, rows: list[tuple], note: str) -> Table:
+    """A table whose last column is left out where no row has anything in it."""
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return Table(caption, columns, rows, note, is_sortable=True)
 
 
 def organ_section(evaluation: Mapping, of_task: str, stem: str) -> Section:

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from html_page import Page, browser_command
+from html_page import Page, browser_command, in_browser
+from markupsafe import Markup
 from PIL import Image
 
 from evaluation_fvlm import html_report, report_sections
@@ -21,7 +22,7 @@ from evaluation_fvlm.diagnostics import describe
 from evaluation_fvlm.errors import EvaluationError
 from evaluation_fvlm.html_charts import interval_chart, reliability_chart
 from evaluation_fvlm.html_report import page_html, read_results, write_report
-from evaluation_fvlm.html_template import SCRIPT, Section, kind_of_cell, render_page
+from evaluation_fvlm.html_template import SCRIPT, Section, cell_content, kind_of_cell, render_page
 from evaluation_fvlm.protocols import Protocol, compare_frames, evaluate_frame
 from evaluation_fvlm.report_sections import Pictures, errors_section
 from evaluation_fvlm.wording import wording_spread
@@ -203,6 +204,7 @@ def test_figures_stand_on_the_page(page, run):
     evaluation = results["evaluation"]
     macro = evaluation["macro"]["auc"]
     parsed = Page(page)
+    page = page.replace('<span class="range">', "").replace("</span>", "")
     assert f"{macro['value']:.3f}" in parsed.text["dd"] and f"{macro['low']:.3f} to {macro['high']:.3f}" in page
     for finding, metrics in evaluation["per_finding"].items():
         auc, f1 = metrics["auc"], metrics["f1"]
@@ -388,6 +390,25 @@ def test_numbers_stand_to_the_right_and_words_to_the_left(text, kind):
     assert kind_of_cell(text) == kind
 
 
+def test_an_interval_may_go_onto_a_line_of_its_own():
+    assert cell_content("0.912 (0.871 to 0.948)") == '0.912 <span class="range">(0.871 to 0.948)</span>'
+    assert cell_content("-0.031 (-0.071 to 0.048)").endswith('<span class="range">(-0.071 to 0.048)</span>')
+    for cell in (3, "", "0.400 / 0.020", "lung (left)", "0.9 (<b> to 1)"):
+        assert cell_content(cell) == cell and not isinstance(cell_content(cell), Markup), "left to the template"
+
+
+def test_a_column_of_notes_is_there_where_one_stands_in_it(run):
+    _, results, frame, _ = run
+    evaluation = results["evaluation"] | {"spreads": {}}
+    ranking, decisions = report_sections.finding_section(evaluation, "", "").tables
+    assert ranking.columns[:3] == ("finding", "AUC", "average precision") and ranking.columns[-1] == "left out"
+    assert decisions.columns[:2] == ("finding", "threshold") and decisions.columns[-1] == "Youden"
+    one_class = frame.assign(label=frame["label"].where(frame["finding"] != "Kidney stone", 0.0))
+    evaluation = evaluate_frame(one_class, Protocol(num_bootstraps=0)) | {"spreads": {}}
+    (ranking, _) = report_sections.finding_section(evaluation, "", "").tables
+    assert ranking.columns[-1] == "note" and ranking.rows[2][-1].startswith("no positive case")
+
+
 def test_an_empty_section_is_left_out():
     html = render_page("t", "l", "", [Section("Nothing", "nothing", ("a text alone",))])
     assert "Nothing" not in html
@@ -481,6 +502,19 @@ def test_a_browser_lays_the_page_out(page, tmp_path, width):
     assert seen["pictures"] == len(Page(page).of("img")) > 0 and seen["charts"] == len(Page(page).of("svg")) > 0
     assert seen["falling"] == sorted(seen["falling"], reverse=True) and seen["rising"] == sorted(seen["rising"])
     assert seen["falling"] != seen["rising"] and seen["sort"] == "ascending" and seen["injected"] == 0
+
+
+@pytest.mark.slow
+def test_a_wide_table_keeps_its_first_column_in_sight(page, tmp_path):
+    """Scrolled to its end, on a narrow page: the finding's name stays at the left edge."""
+    open_page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
+    probe = """(() => {
+      const box = [...document.querySelectorAll('.wide')].find(b => b.querySelector('table.many'));
+      box.scrollLeft = 9999;
+      const first = box.querySelector('tbody th').getBoundingClientRect(), edge = box.getBoundingClientRect();
+      return [box.scrollLeft > 50, Math.abs(first.left - edge.left) < 2, first.width < 0.5 * edge.width].join();
+    })()"""
+    assert in_browser(open_page, tmp_path, 500, probe) == "true,true,true"
 
 
 @pytest.mark.slow
