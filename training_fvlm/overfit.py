@@ -89,11 +89,10 @@ class Overfit(TrainerCallback):
         named = ", ".join(f"{organ} {round(100 * missing[organ])} %" for organ in worst_first)
         text = (
             f"--overfit NOT passed: {patients} not learned by heart in {steps} steps. Of {len(shares)} organs "
-            f"{len(missing)} have gone less than {round(100 * FITTED)} % of the way to their floor: {named}; {numbers}. "
-            "Likely cause: "
+            f"{len(missing)} have gone less than {round(100 * FITTED)} % of the way to their floor: {named}; {numbers}."
         )
         look = f"Look at `python -m training_fvlm.curves {self.trainer.args.output_dir}`, organ by organ."
-        return False, f"{text}{self.cause(missing, rows)}. {look}"
+        return False, f"{text} Likely cause: {self.cause(missing, rows)}. {look}"
 
     def cause(self, missing: dict[str, float], rows: Sequence[OrganLossRow]) -> str:
         """Why, as far as it shows."""
