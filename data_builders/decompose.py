@@ -111,6 +111,7 @@ PARTS_OF_ORGANS = frozenset(
         " contour third end fundus side segment neck hilum"
     )
 )
+LOBE_WORDS = frozenset(["left", "right", "upper", "middle", "lower", "lobe", "both"])
 VESSELS = frozenset(["artery", "arterie", "vein", "venous", "arterial", "vessel", "branch"])
 
 
@@ -493,10 +494,11 @@ def names_vessel(words: Sequence[str], last: int, entry: Entry) -> bool:
         return False
     if words[last - 1] in VESSELS or any(word in VESSELS for word in entry.words):
         return False
-    for word in words[last : last + MAX_REACH]:
+    of_segments = words[last : last + 1] in (["segmental"], ["subsegmental"])  # "... and left lower lobe branches"
+    for word in words[last : last + (MAX_REACH + 2 if of_segments else MAX_REACH)]:
         if word in VESSELS:
             return True
-        if not word.endswith(("ic", "al", "ar", "ary", "main", "and", "or")):
+        if not (word.endswith(("ic", "al", "ar", "ary", "main", "and", "or")) or of_segments and word in LOBE_WORDS):
             return False
     return False
 
@@ -601,8 +603,10 @@ class Context:
 
     def by_weak_terms(self, analysis: Analysis) -> frozenset[str]:
         """Organs of a sentence that only weak terms name, by what the report is about."""
-        if not analysis.in_context or not self.spoken_of:
+        if not self.spoken_of:
             return analysis.weak
+        if not analysis.in_context:
+            return self.known_of(analysis)
         either = (analysis.weak | analysis.in_context) & self.last
         if either:
             return either
@@ -612,6 +616,12 @@ class Context:
         if analysis.weak and not any(organ in self.spoken_of for organ in analysis.weak):
             return frozenset(organ for organ in analysis.in_context if organ in self.spoken_of) or analysis.weak
         return analysis.weak
+
+    def known_of(self, analysis: Analysis) -> frozenset[str]:
+        """Where two weak terms mean different organs ("basal infarct"), those that the report speaks of."""
+        named = {mention.organs for mention in analysis.mentions if mention.kind == "weak" and mention.organs}
+        known = [organs for organs in named if any(organ in self.spoken_of for organ in organs)]
+        return frozenset().union(*known) if known and len(named) > 1 else analysis.weak
 
     def begin_section(self, sentences: Sequence[Sentence]) -> None:
         self.last, self.heading = frozenset(), None

@@ -109,6 +109,12 @@ Marked regression of the hepatic lesions. | liver+
 No longer seen is the nodule in the lingula. | lung-
 Stable post-radiation change in the left upper lobe. | lung+
 Zero calcium score. | heart-
+The RV/LV ratio is 0.9. | heart-
+The RV/LV ratio is 1.4. | heart+
+Thin left frontal extradural measuring 4 mm. | brain+
+No subdural. | brain-
+Physiological tracer distribution in the brain. | brain-
+The right upper lobe primary measures 4 cm. | lung+
 Resolved pneumonia. | lung-
 Resolving pneumonia. | lung+
 """

@@ -70,6 +70,8 @@ def test_headers_inside_one_text():
     # Without a header of findings they begin with the next line.
     found = report_sentences("TECHNIQUE: CT with\ncontrast.\nLUNGS: Clear.\nCONCLUSION\nNormal.", "")
     assert texts_of(found.findings) == ["LUNGS: Clear."] and texts_of(found.impression) == ["Normal."]
+    found = report_sentences("FINDlNGS: Cyst.\nIMPRESSlON: Stone.", "")
+    assert texts_of(found.findings) == ["Cyst."] and texts_of(found.impression) == ["Stone."]
     # "Other findings" are not where they begin.
     found = report_sentences("Comparison: CT of May.\nTarget lesions:\n- Cyst of 2 cm.\nOther findings:\nStone.", "")
     assert texts_of(found.findings) == ["Target lesions:", "Cyst of 2 cm.", "Stone."]
