@@ -68,8 +68,9 @@ WIDE_GAP = re.compile(r"(?<=[a-z0-9)\]?%])(?: {2,}|\t+ *)(?=[A-Z])")
 
 SECTIONS = {
     "findings": r"f[il1]nd[il1]ngs?"  # and as scanned
-    r"|(?:ct |radiolog(?:y|ical) |imaging |positive |other |additional |incidental )findings|(?:ct )?report|description|narrative|observations?|results?|body of report|findings and comments?",
-    "impression": r"[il1]mpress[il1]ons?|conclusions?|opinion|summary|assessment|interpretation"
+    r"|(?:ct |radiolog(?:y|ical) |imaging |positive |other |additional |incidental )findings"
+    r"|(?:ct )?report|description|narrative|observations?|results?|body of report|findings and comments?",
+    "impression": r"[il1]mpress[il1]ons?|conclusions?|comments?|opinion|summary|assessment|interpretation"
     r"|(?:final |radiological |ct )?(?:diagnosis|impression)|(?:impression|conclusion) and (?:plan|recommendations?)"
     r"|overall impression|findings/impression|imp|key findings",
     "other": r"technique|procedure|protocol"

@@ -70,6 +70,7 @@ def test_headers_inside_one_text():
     # Without a header of findings they begin with the next line.
     found = report_sentences("TECHNIQUE: CT with\ncontrast.\nLUNGS: Clear.\nCONCLUSION\nNormal.", "")
     assert texts_of(found.findings) == ["LUNGS: Clear."] and texts_of(found.impression) == ["Normal."]
+    assert texts_of(report_sentences("Cyst.\nComment: Stone.", "").impression) == ["Stone."]
     found = report_sentences("FINDlNGS: Cyst.\nIMPRESSlON: Stone.", "")
     assert texts_of(found.findings) == ["Cyst."] and texts_of(found.impression) == ["Stone."]
     # "Other findings" are not where they begin.
