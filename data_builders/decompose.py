@@ -441,7 +441,7 @@ def find_mentions(located: Sequence[tuple[str, int, int]], text: str, lexicon: L
 
 def narrowed(mentions: list[Mention], lexicon: Lexicon) -> list[Mention]:
     """What is said of vertebrae at large ("spondylosis") is of the part of the spine that is named, if any is."""
-    spine = frozenset(lexicon.levels.values()) & lexicon.terms.keys()
+    spine = lexicon.spine
     named = frozenset(
         organ
         for mention in mentions
@@ -518,8 +518,7 @@ def is_landmark(before: Sequence[str], lexicon: Lexicon, name: str) -> bool:
                 break
             end -= 1
         end -= 1
-    longest = max((len(phrase) for phrase in lexicon.phrases[name]), default=0)
-    for size in range(longest, 0, -1):
+    for size in range(lexicon.longest_phrase[name], 0, -1):
         if size <= end and tuple(before[end - size : end]) in lexicon.phrases[name]:
             earlier = before[max(0, end - size - 5) : end]
             return not any((word,) in lexicon.phrases["landmark_exceptions"] for word in earlier)

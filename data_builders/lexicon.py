@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -344,6 +344,16 @@ class Lexicon:
         return {name: frozenset(tuple(self.words(phrase)) for phrase in self.lists[name]) for name in names}
 
     @cached_property
+    def longest_phrase(self) -> dict[str, int]:
+        """Words of the longest phrase of each list."""
+        return {name: max(map(len, phrases), default=0) for name, phrases in self.phrases.items()}
+
+    @cached_property
+    def spine(self) -> frozenset[str]:
+        """Organs that vertebrae belong to."""
+        return frozenset(self.levels.values()) & self.terms.keys()
+
+    @cached_property
     def part_words(self) -> dict[str, tuple[tuple[str, ...], ...]]:
         return {name: tuple(tuple(self.words(term)) for term in terms) for name, (_, _, terms) in self.parts.items()}
 
@@ -398,6 +408,7 @@ def american(word: str) -> str:
     return BRITISH.sub(lambda match: AMERICAN[match[0]], word) if BRITISH.search(word) else word
 
 
+@lru_cache(maxsize=50_000)  # the words of reports come again
 def singular(word: str) -> str:
     """Undo the regular English plural and the Latin -ae. A rough stem is enough: both sides are treated alike."""
     if word in IRREGULAR:
