@@ -166,16 +166,17 @@ def names_and_sizes(file: Path | RemoteFile) -> list[list]:
 
 
 def has_changed_since(case: Case, moment: float) -> bool:
-    """Whether a local file of a case has come or been replaced after a moment, in seconds since 1970.
+    """Whether a local file of a case has come or been replaced since a moment, in seconds since 1970.
 
-    By the entry in its folder, too: what was moved or unpacked into its place brings an old time along.
+    The clock of a file system ticks in milliseconds: what happened at the moment itself counts as after it. The entry
+    in its folder counts, too: what was moved or unpacked into its place brings an old time along.
     """
     places = [file for file in (case.volume, case.mask) if isinstance(file, Path)]
     places += [Path(folder, name) for place in places for folder, *inside in os.walk(place) for name in chain(*inside)]
     for path in places:
         with contextlib.suppress(OSError):  # gone, or a link to nowhere
             for status in (path.lstat(), path.stat()):
-                if max(status.st_mtime, status.st_ctime) > moment:
+                if max(status.st_mtime, status.st_ctime) >= moment:
                     return True
     return False
 

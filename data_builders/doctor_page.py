@@ -307,6 +307,8 @@ def settings_table(exam: Examination) -> Table:
         ("margin (depth, height, width)", " x ".join(map(str, settings["margin_voxels"])) + " voxels"),
         ("preprocessing", settings.get("preprocessing", "standard")),
     ]
+    if labels := settings.get("labels"):
+        rows.append(("labels that the source lacks", f"from the reports, by {labels['name']} {labels['version']}"))
     return Table("How it was built", ("setting", "value"), rows)
 
 

@@ -122,6 +122,7 @@ def hub_stand_in() -> Iterator[Hub]:
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # 5, the default, are too few while many workers begin: they would wait a second and more
 
     def __init__(self, *args) -> None:
         super().__init__(*args)

@@ -76,8 +76,15 @@ def cluster():
     distributed = pytest.importorskip(
         "distributed", reason="dask.distributed is not installed (pip install fvlm[dask])"
     )
+    # No limit: the memory of this process is that of all tests before, and for it a worker would pause for ever.
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=False, protocol="tcp://", host="127.0.0.1", dashboard_address=None
+        n_workers=2,
+        threads_per_worker=1,
+        memory_limit=0,
+        processes=False,
+        protocol="tcp://",
+        host="127.0.0.1",
+        dashboard_address=None,
     ) as cluster:
         yield cluster.scheduler_address.replace("tcp://", "dask://")
 

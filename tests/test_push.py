@@ -116,7 +116,7 @@ print(json.dumps([rows, crops.num_rows, crops.column_names]))
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
     environment |= {"HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
     run = subprocess.run(
-        [sys.executable, "-c", code, REPO], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, REPO], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280
     )
     assert run.returncode == 0, run.stderr[-3000:]
     rows, num_crops, columns = json.loads(run.stdout.strip().splitlines()[-1])

@@ -122,7 +122,7 @@ def test_the_code_in_the_card_runs_with_nothing_of_ours(split, tmp_path):
     )
     environment = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "USE_TORCH": "0"}
     run = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=split, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-I", "-c", code], cwd=split, env=environment, capture_output=True, text=True, timeout=280
     )
     # A process that has streamed may abort while it exits, its work done: https://github.com/apache/arrow/issues/45214.
     is_arrows = run.returncode == -signal.SIGABRT and run.stderr == "terminate called without an active exception\n"

@@ -404,7 +404,8 @@ def check_memory(hub, tmp_path, count: int) -> None:
         levels.append(resident_bytes())
     assert len(levels) == count
     growth = max(levels[-5:]) - max(levels[3:8])  # what libraries keep for themselves is there after a few
-    assert growth < size, f"{growth / 2**20:.0f} MiB more after {count} scans of {size / 2**20:.0f} MiB"
+    # Every scan kept would be 12 times that and more; the threads of the stand-in, in this process, take some, too.
+    assert growth < 3 * size, f"{growth / 2**20:.0f} MiB more after {count} scans of {size / 2**20:.0f} MiB"
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of this process as Linux tells it")
