@@ -1,16 +1,33 @@
 """Intervals by resampling patients: what the figures would be if other patients of the same kind had come.
 
 All scans of a patient are drawn together, since they are no independent evidence. One draw serves every finding, metric
-and model, so means and differences over them are resampled as a whole. The interval is that between the 2.5th and the
-97.5th percentile of the resamples (Efron and Tibshirani 1993, chapter 13); its coverage is checked by simulation in
-tests/test_bootstrap.py. A resample that draws no positive or no negative patient of a finding says nothing of it.
+and model, so means and differences over them are resampled as a whole. A resample that draws no positive or no negative
+patient of a finding says nothing of it.
+
+An interval is that between the 2.5th and the 97.5th percentile of the resamples (Efron and Tibshirani 1993, chapter
+13). Of an AUC that is too short where the AUC is high or positives are few, so for AUCs
+
+(1) the resamples give the standard error, which is carried to the logit scale: divided by AUC (1 - AUC) (Pepe 2003,
+    chapter 5);
+(2) Student's t has one degree of freedom less than the class that fewer patients have has patients; for a mean over
+    findings those of the findings are joined by Satterthwaite's rule (1946);
+(3) where all positives score above all negatives no resample differs. With m patients in the rarer class there are m
+    pairs of a positive and a negative that share no patient; all are in the right order with a probability of
+    AUC ** m. The lower end is where that is 2.5 %.
+
+Coverage of both is measured by simulation: tests/test_bootstrap.py, and a table in docs/evaluation.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from scipy.special import expit, logit
+from scipy.stats import t as student
 
 LEVEL = 0.95
+TAIL = (1 - LEVEL) / 2
 
 
 def draw_patients(num_patients: int, num_bootstraps: int, seed: int) -> np.ndarray:
@@ -30,8 +47,37 @@ def percentile_interval(resamples: np.ndarray) -> tuple[float, float] | tuple[No
     known = resamples[np.isfinite(resamples)]
     if len(known) < 2 or 2 * len(known) < len(resamples):
         return None, None
-    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(known, [TAIL, 1 - TAIL])
     return float(low), float(high)
+
+
+def auc_interval(
+    value: float, resamples: Sequence[np.ndarray], patients: Sequence[int]
+) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % interval of an AUC, or of the mean of the AUCs of several findings.
+
+    Args:
+        value: The AUC, or the mean.
+        resamples: Of every finding, `(num_bootstraps,)`; at least one.
+        patients: Of every finding, how many patients the class has that fewer have.
+
+    Returns:
+        Lower and upper end, or None twice where a class of every finding comes from one patient alone, or fewer than
+        half of the resamples have a value.
+    """
+    means = mean_over(list(resamples))
+    known = means[np.isfinite(means)]
+    if max(patients) < 2 or len(known) < 2 or 2 * len(known) < len(means):
+        return None, None
+    if value in (0, 1):  # (3)
+        reach = float(np.mean(TAIL ** (1 / np.array(patients))))
+        return (reach, 1.0) if value == 1 else (0.0, 1 - reach)
+    finite = [one[np.isfinite(one)] for one in resamples]
+    variances = np.array([one.var(ddof=1) if len(one) > 1 else 0.0 for one in finite])
+    parts = variances**2 / np.maximum(np.array(patients) - 1, 1)  # one patient among several findings counts as two
+    freedom = variances.sum() ** 2 / parts.sum() if parts.any() else np.inf
+    reach = student.ppf(1 - TAIL, freedom) * known.std(ddof=1) / (value * (1 - value))  # (1), (2)
+    return float(expit(logit(value) - reach)), float(expit(logit(value) + reach))
 
 
 def figure(value: float | None, resamples: np.ndarray | None = None) -> dict[str, float | None]:
@@ -39,6 +85,16 @@ def figure(value: float | None, resamples: np.ndarray | None = None) -> dict[str
     if value is None or not np.isfinite(value):
         return {"value": None, "low": None, "high": None}
     low, high = (None, None) if resamples is None else percentile_interval(resamples)
+    return {"value": float(value), "low": low, "high": high}
+
+
+def auc_figure(
+    value: float | None, resamples: Sequence[np.ndarray], patients: Sequence[int]
+) -> dict[str, float | None]:
+    """`figure` of an AUC, or of the mean of several; arguments as of `auc_interval`, no resamples: no interval."""
+    if value is None or not resamples:
+        return figure(value)
+    low, high = auc_interval(value, resamples, patients)
     return {"value": float(value), "low": low, "high": high}
 
 

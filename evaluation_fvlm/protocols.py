@@ -66,7 +66,7 @@ from evaluation_fvlm.binary_metrics import (
     decision_metrics,
     ranking_metrics,
 )
-from evaluation_fvlm.bootstrap import LEVEL, draw_patients, figure, mean_over, two_sided_p
+from evaluation_fvlm.bootstrap import LEVEL, auc_figure, draw_patients, figure, mean_over, two_sided_p
 from evaluation_fvlm.calibration import NUM_BINS, calibration
 from evaluation_fvlm.delong import delong_test, holm
 from evaluation_fvlm.equal_reports import DUPLICATES, REASONS, repeats_a_report
@@ -154,8 +154,8 @@ class Protocol:
             "called_present": "score strictly above the threshold",
             "absent_organs": ABSENT[self.absent],
             "duplicates": DUPLICATES[self.duplicates],
-            "intervals": f"{LEVEL:.0%} percentile interval over {self.num_bootstraps} resamples of patients, "
-            "thresholds held as chosen"
+            "intervals": f"{LEVEL:.0%} over {self.num_bootstraps} resamples of patients, thresholds held as chosen: "
+            "of AUCs by Student's t on the logit scale, of other figures between percentiles"
             if self.num_bootstraps
             else "none",
             "f1": "of the finding itself; weighted_f1 averages over presence and absence by their size",
@@ -194,6 +194,15 @@ class FindingCases:
     def num_positives(self) -> int:
         return int(self.labels.sum())
 
+    @property
+    def rarer_patients(self) -> int:
+        """How many patients the class has that fewer have."""
+        return rarer_patients(self.patients, self.labels)
+
+
+def rarer_patients(patients: np.ndarray, labels: np.ndarray) -> int:
+    return min(len(np.unique(patients[labels == label])) for label in (0, 1))
+
 
 @dataclass
 class Evaluation:
@@ -231,14 +240,15 @@ def evaluate_frame(frame: pd.DataFrame, protocol: Protocol, development: pd.Data
         for cases in evaluation.findings
     }
     names = [cases.finding for cases in evaluation.measured]
+    rarer = {cases.finding: cases.rarer_patients for cases in evaluation.measured}
     macro = {
-        name: _mean_figure(name, names, values, resamples) | {"num_findings": _number_known(name, names, values)}
+        name: _mean_figure(name, names, values, resamples, rarer) | {"num_findings": _number_known(name, names, values)}
         for name in (*METRICS, *CALIBRATIONS)
     }
     per_organ = {}
     for organ in dict.fromkeys(cases.organ for cases in evaluation.findings):
         members = [cases.finding for cases in evaluation.measured if cases.organ == organ]
-        per_organ[organ] = {name: _mean_figure(name, members, values, resamples) for name in METRICS}
+        per_organ[organ] = {name: _mean_figure(name, members, values, resamples, rarer) for name in METRICS}
         per_organ[organ]["num_findings"] = len(members)
     micro = _micro(evaluation)
     return {
@@ -563,8 +573,12 @@ def _mean_resamples(name: str, findings: Sequence[str], resamples: dict) -> np.n
     return mean_over(known) if known else None
 
 
-def _mean_figure(name: str, findings: Sequence[str], values: dict, resamples: dict) -> dict:
-    return figure(_mean_value(name, findings, values), _mean_resamples(name, findings, resamples))
+def _mean_figure(name: str, findings: Sequence[str], values: dict, resamples: dict, rarer: dict[str, int]) -> dict:
+    value = _mean_value(name, findings, values)
+    if name == "auc":
+        known = [finding for finding in findings if finding in resamples]
+        return auc_figure(value, [resamples[f][name] for f in known], [rarer[f] for f in known])
+    return figure(value, _mean_resamples(name, findings, resamples))
 
 
 def _number_known(name: str, findings: Sequence[str], values: dict) -> int:
@@ -598,6 +612,7 @@ def _micro(evaluation: Evaluation) -> dict:
     values = ranking_metrics(scores, labels)
     for name in RANKING_METRICS:
         result[name] = figure(values[name], drawn.get(name))
+    result["auc"] = auc_figure(values["auc"], [drawn["auc"]] if drawn else [], [rarer_patients(patients, labels)])
     if with_threshold:
         num_patients = len(evaluation.patient_ids)
         counts = sum(decision_counts(c.is_called, c.labels, c.patients, num_patients) for c in with_threshold)
@@ -653,6 +668,7 @@ def _finding_result(evaluation: Evaluation, cases: FindingCases, values: dict | 
         return result | {"reason": cases.reason}
     if cases.threshold_reason is not None:
         result["threshold_reason"] = cases.threshold_reason
+    result["auc"] = auc_figure(values["auc"], [resamples["auc"]] if resamples else [], [cases.rarer_patients])
     result["calibration"] = {name: figure(values[name], resamples.get(name)) for name in CALIBRATIONS}
     result["calibration"]["bins"] = values["bins"]
     result["curves"] = _curves(cases.scores, cases.labels)
@@ -730,7 +746,10 @@ def _warnings(evaluation: Evaluation) -> list[str]:
     if constant := named(lambda c: np.ptp(c.scores) == 0):
         warnings.append(f"all scores are equal, so an AUC of 0.5 says nothing: {constant}.")
     if perfect := named(lambda c: c.scores[c.labels == 1].min() > c.scores[c.labels == 0].max()):
-        warnings.append(f"perfectly separated, so resampling shows no spread, and intervals are too narrow: {perfect}.")
+        warnings.append(
+            "perfectly separated, so resampling shows no spread: the AUC's lower end is the bound for so few patients, "
+            f"and the intervals of other figures are too narrow: {perfect}."
+        )
     if silent := named(lambda c: c.thresholds is not None and not c.is_called.any()):
         warnings.append(f"nothing is called present at the threshold, precision is set to 0: {silent}.")
     if without := named(lambda c: c.thresholds is None):

@@ -12,6 +12,7 @@ import evaluate
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as student
 from sklearn.metrics import f1_score, roc_auc_score
 
 from evaluation_fvlm.protocols import Protocol, evaluate_frame
@@ -125,8 +126,13 @@ def test_auc_and_its_interval_in_the_slow_way():
         ]
         if 0 < label[chosen].sum() < len(chosen):
             drawn.append(roc_auc_score(label[chosen], score[chosen]))
-    ends = [found["per_finding"]["0"][end] for end in ("low", "high")]
-    assert ends == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist(), abs=1e-12)
+    auc, rarer = roc_auc_score(label, score), min(len(set(patient[label == value])) for value in (0, 1))
+    reach = student.ppf(0.975, rarer - 1) * np.std(drawn, ddof=1) / (auc * (1 - auc))
+    for end, sign in (("low", -1), ("high", 1)):
+        ours = found["per_finding"]["0"][end]
+        assert np.log(ours / (1 - ours)) == pytest.approx(np.log(auc / (1 - auc)) + sign * reach, abs=1e-9)
+    perfect = metric.compute(predictions=[[0.9], [0.8], [0.7], [0.1], [0.2]], references=[[1], [1], [0], [0], [0]])
+    assert perfect["per_finding"]["0"]["low"] == pytest.approx(0.025 ** (1 / 2)) and perfect["macro_auc_high"] == 1
 
 
 @pytest.mark.parametrize("threshold", [0.5, "cross_validation", "test_labels"])

@@ -6,15 +6,20 @@
 (1) Per finding, cases without a score (NaN, None) or without a label (NaN, None, -1) are counted and left out.
 (2) The AUC is scikit-learn's: the probability that a positive case scores above a negative one, ties counting half. A
     finding with one class alone has none, and says why. Means over organs and over all run over those that have one.
-(3) Patients are drawn with replacement, all cases of one together; one draw serves every finding. The interval is that
-    between the 2.5th and the 97.5th percentile of the resamples that hold both classes.
+(3) Patients are drawn with replacement, all cases of one together; one draw serves every finding. The spread of the
+    resamples that hold both classes is the standard error.
+(4) The interval is Student's t on the logit scale, its degrees of freedom those of the class that fewer patients have,
+    joined by Satterthwaite's rule for means. Where all positives score above all negatives no resample differs: then
+    the lower end is where m pairs of different patients, m being in the rarer class, are all right by 2.5 %.
 
-This file stands alone: it needs evaluate, datasets, numpy and scikit-learn, and nothing beside it.
+This file stands alone: it needs evaluate, datasets, numpy, scipy and scikit-learn, and nothing beside it.
 """
 
 import datasets
 import evaluate
 import numpy as np
+from scipy.special import expit, logit
+from scipy.stats import t as student
 from sklearn.metrics import roc_auc_score
 
 NO_SCORE, NO_LABEL = "no score", "label unknown"
@@ -82,7 +87,7 @@ class OrganAUC(evaluate.Metric):
             num_bootstraps = 0  # resamples of one patient are all alike
         weights = _draw(num_patients, num_bootstraps, seed)
 
-        per_finding, resamples = {}, {}
+        per_finding, resamples, rarer = {}, {}, {}
         for column, finding in enumerate(findings):
             rows = is_counted[:, column]
             excluded = {
@@ -106,11 +111,13 @@ class OrganAUC(evaluate.Metric):
                 result["auc"] = float(roc_auc_score(counted[1], counted[0]))
                 if num_bootstraps:
                     resamples[finding] = _resampled_auc(*counted, weights)
-                    result["low"], result["high"] = _interval(resamples[finding])
+                    rarer[finding] = min(len(np.unique(counted[2][counted[1] == label])) for label in (0, 1))
+                    drawn = [resamples[finding]]
+                    result["low"], result["high"] = _interval(result["auc"], drawn, [rarer[finding]])
             per_finding[finding] = result
 
         measured = [finding for finding in findings if per_finding[finding]["auc"] is not None]
-        value, low, high = _mean(measured, per_finding, resamples)
+        value, low, high = _mean(measured, per_finding, resamples, rarer)
         results = {
             "macro_auc": value,
             "macro_auc_low": low,
@@ -123,7 +130,7 @@ class OrganAUC(evaluate.Metric):
             results["per_organ"] = {}
             for organ in dict.fromkeys(organs):
                 members = [f for f, its_organ in zip(findings, organs) if its_organ == organ and f in measured]
-                value, low, high = _mean(members, per_finding, resamples)
+                value, low, high = _mean(members, per_finding, resamples, rarer)
                 results["per_organ"][organ] = {"auc": value, "low": low, "high": high, "num_findings": len(members)}
         return results
 
@@ -178,24 +185,34 @@ def _resampled_auc(scores, labels, patients, weights):
     return np.concatenate(aucs)
 
 
-def _interval(resamples):
-    """The 95 % interval; None twice where fewer than half of the resamples have a value."""
-    known = resamples[np.isfinite(resamples)]
-    if len(known) < 2 or 2 * len(known) < len(resamples):
+def _interval(value, resamples, patients):
+    """The 95 % interval of an AUC or a mean of several: `value`, resamples and patients of the rarer class of each.
+
+    None twice where a class of each comes from one patient alone, or fewer than half of the resamples have a value.
+    """
+    is_known = np.isfinite(resamples)
+    count = is_known.sum(axis=0)
+    means = np.where(is_known, resamples, 0).sum(axis=0)[count > 0] / count[count > 0]
+    if max(patients) < 2 or len(means) < 2 or 2 * len(means) < len(count):
         return None, None
-    low, high = np.quantile(known, [0.025, 0.975])
-    return float(low), float(high)
+    patients = np.array(patients)
+    if value in (0, 1):
+        reach = float(np.mean(0.025 ** (1 / patients)))
+        return (reach, 1.0) if value == 1 else (0.0, 1 - reach)
+    finite = [drawn[np.isfinite(drawn)] for drawn in resamples]
+    variances = np.array([drawn.var(ddof=1) if len(drawn) > 1 else 0.0 for drawn in finite])
+    parts = variances**2 / np.maximum(patients - 1, 1)
+    freedom = variances.sum() ** 2 / parts.sum() if parts.any() else np.inf
+    reach = student.ppf(0.975, freedom) * means.std(ddof=1) / (value * (1 - value))
+    return float(expit(logit(value) - reach)), float(expit(logit(value) + reach))
 
 
-def _mean(findings, per_finding, resamples):
+def _mean(findings, per_finding, resamples, rarer):
     """Mean AUC over findings and its interval; within a resample over those that have a value there."""
     if not findings:
         return None, None, None
     value = float(np.mean([per_finding[finding]["auc"] for finding in findings]))
-    drawn = [resamples[finding] for finding in findings if finding in resamples]
+    drawn = [finding for finding in findings if finding in resamples]
     if not drawn:
         return value, None, None
-    known = np.isfinite(drawn)
-    count = known.sum(axis=0)
-    means = np.where(count > 0, np.where(known, drawn, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
-    return value, *_interval(means)
+    return value, *_interval(value, [resamples[f] for f in drawn], [rarer[f] for f in drawn])
