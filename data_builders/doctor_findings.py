@@ -974,12 +974,14 @@ def build_notes(exam: Examination) -> Iterator[Finding]:
             "manifest.json, key `skipped`, has the reason of each; many can be mended at the source.",
         )
     if warnings:
+        warned = {entry["case"] for entry in warnings}  # of one case there may be several
+        count = cases if "all" in warned else len(warned)
         yield Finding(
             "build_warnings",
             "warning",
             "the build warned",
-            len(warnings),
-            max(cases, len(warnings)),
+            count,
+            max(cases, count),
             "cases",
             tuple(f"{entry['case']}: {entry['warning']}" for entry in warnings[:NUM_EXAMPLES]),
             "As each says.",

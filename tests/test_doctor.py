@@ -423,11 +423,12 @@ def test_empty_reports_and_one_sided_labels(diagnose):
 def test_what_the_build_left_out_is_told(diagnose, manifest):
     told = copy.deepcopy(manifest)
     told["skipped"] = [{"split": "train", "case": f"p_{n}", "reason": "ct.nii.gz: 2-D"} for n in range(20, 25)]
-    told["warnings"] = [{"split": "train", "case": "p_1", "warning": "lung has a median of 30 HU"}]
+    told["warnings"] = [{"split": "train", "case": "p_1", "warning": text} for text in ("lung: 30 HU", "lies aslant")]
     told["privacy_concerns"] = {"date": 3}
     found = diagnose(organs_of=told)
     assert found["skipped_cases"].level == "warning" and found["skipped_cases"].examples[0] == "p_20: ct.nii.gz: 2-D"
-    assert found["build_warnings"].count == 1 and found["personal_texts"].shown_examples == "date: 3"
+    assert found["build_warnings"].count == 1, "of one case there are two"
+    assert found["personal_texts"].shown_examples == "date: 3"
     assert found["personal_texts"].how_many == "3 of 3 places that the build found"
     told["skipped"] = [entry | {"is_excluded": True} for entry in told["skipped"]]
     assert "skipped_cases" not in diagnose(organs_of=told), "left out on purpose is no fault"
