@@ -24,6 +24,7 @@ from .report_sentences import clean, report_sentences
 PROMPTS = Path(__file__).resolve().parent.parent / "hub_configs" / "llm"
 FORMS = ("numbers", "quotes")
 FEWEST_WORDS_OF_A_QUOTE = 3  # a shorter one that is no whole sentence may stand anywhere
+MOST_BEGINNINGS = 20  # of a JSON in one answer that are looked at
 CUT = "cut off at the limit of its length"
 WORD = re.compile(r"\w+")
 
@@ -166,16 +167,24 @@ def read_answer(answer: Answer, report: Numbered, organs: Sequence[str], form: s
 
 
 def entries_of(text: str, name: str) -> list:
-    """The list in a JSON answer, which may stand between thoughts, words or the marks of a code block."""
-    text = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL)
-    try:
-        content, _ = json.JSONDecoder().raw_decode(text, max(0, text.find("{")))
-    except (ValueError, RecursionError):
-        raise AnswerRefusedError("no valid JSON") from None
-    entries = content.get(name) if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+    """The list in a JSON answer, which may stand between thoughts, words or the marks of a code block.
+
+    Of several the last one counts: a model that thinks aloud comes to its answer in the end.
+    """
+    starts = [match.start() for match in re.finditer(rf'\{{\s*"{name}"\s*:', text)][-MOST_BEGINNINGS:]
+    is_json = False
+    for start in starts[::-1] or [max(0, text.find("{"))]:
+        try:
+            content, _ = json.JSONDecoder().raw_decode(text, start)
+        except (ValueError, RecursionError):
+            continue
+        is_json = True
+        entries = content.get(name) if isinstance(content, dict) else None
+        if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
+            return entries
+    if is_json:
         raise AnswerRefusedError("not in the form that was asked for", f'there is no list of objects "{name}".')
-    return entries
+    raise AnswerRefusedError("no valid JSON")
 
 
 def read_numbers(entries: list, report: Numbered, organs: Sequence[str]) -> tuple[dict[str, set[int]], set[str]]:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 MINUTE = 61.0  # a second more: a request may reach the server later than it was counted here
 MOST_BUSY = 40  # answers of status 429 to one call before it is given up
+LONG_PAUSE_S = 20.0  # of which the user is told
 MOST_PAUSE_S = 60.0  # between two tries, where the server names no time
 
 
@@ -90,6 +91,8 @@ class Calls:
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._not_before = 0.0
         self._in_a_row = 0
+        self._told: set[str] = set()
+        self._tell_after = 0.0
 
     def stop(self) -> None:
         """End all calls: those that wait at once, those under way by ending their connections."""
@@ -171,9 +174,13 @@ class Calls:
 
     def _count_failure(self, failure: CallFailedError) -> None:
         with self._lock:
+            is_new = failure.kind != "fatal" and failure.reason not in self._told
+            self._told.add(failure.reason)
             if failure.kind == "passing" or not self.answered:
                 self._in_a_row += 1
             is_over = self._in_a_row >= self.limits.failures_in_a_row and self.closed_because is None
+        if is_new:  # what the server said stands nowhere else
+            logger.warning(f"a call was given up: {failure}. Others like it are counted at the end.")
         if is_over:
             logger.warning(f"{self._in_a_row} calls failed one after the other: {failure}. Nothing is sent any more.")
             self._close("the server has stopped answering")
@@ -185,7 +192,12 @@ class Calls:
             wait = failure.retry_after + wait * random.uniform(0.0, 0.2)
         if failure.is_busy:  # the limit is that of all calls
             with self._lock:
-                self._not_before = max(self._not_before, time.monotonic() + wait)
+                now = time.monotonic()
+                self._not_before = max(self._not_before, now + wait)
+                is_news = wait >= LONG_PAUSE_S and now >= self._tell_after
+                self._tell_after = now + wait + LONG_PAUSE_S if is_news else self._tell_after
+            if is_news:  # nothing else is to be seen meanwhile
+                logger.warning(f"{failure}: all calls wait for {wait:.0f} s.")
         else:
             self._stopped.wait(wait)
             self._check_open()

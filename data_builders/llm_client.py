@@ -44,6 +44,8 @@ PASSING = (*PASSING_STATUS, 409, 520, 521, 522, 523, 524, 529)
 NOT_CHARGED = (400, 401, 402, 403, 404, 405, 409, 413, 415, 422, 425, 429, 503, 529)  # refused before the model worked
 FORMATS = ("json_schema", "json_object", "none")
 WORDS_OF_FORMAT = ("response_format", "json_schema", "json schema", "json_object", "schema", "grammar", "guided")
+WORDS_OF_ROLES = ("system role", "system message", "roles must alternate", "role: system", "role 'system'")
+ENDED_BY_LIMIT = ("length", "max_tokens", "model_length")
 WORDS_OF_LENGTH = ("context length", "context_length", "context size", "context window", "too long", "maximum context")
 
 Messages = list[dict[str, str]]
@@ -139,6 +141,7 @@ class _Form:
     response_format: str = FORMATS[0]
     limit_field: str = "max_tokens"
     has_temperature: bool = True
+    has_system: bool = True
 
     def weaker(self, status: int, message: str, is_proven: bool) -> "_Form | None":
         """The form to try after a refusal, or None where the refusal is not about it.
@@ -154,6 +157,8 @@ class _Form:
             return replace(self, limit_field="max_completion_tokens")
         if self.has_temperature and "temperature" in text:
             return replace(self, has_temperature=False)
+        if self.has_system and any(words in text for words in WORDS_OF_ROLES):
+            return replace(self, has_system=False)
         lower = FORMATS[FORMATS.index(self.response_format) + 1 :]
         is_about_format = any(words in text for words in WORDS_OF_FORMAT)
         # Some servers say no more than "bad request": what may be about the form is tried in the next one.
@@ -228,7 +233,8 @@ class HTTPClient:
             CallFailedError: If no server answers, or it does not let us in.
         """
         status, _, content = self._request("GET", "/models", None)
-        if status in (401, 403):
+        # While it loads a model, a server has no list either: an error where no name was given.
+        if status in (401, 403) or (status in PASSING and not self.model):
             raise self._refusal(status, content, {})
         try:
             return [str(entry["id"]) for entry in json.loads(content)["data"]] if status == 200 else None
@@ -245,6 +251,7 @@ class HTTPClient:
         while True:
             content = self._content(form, messages, schema, max_tokens)
             status, headers, body = self._request("POST", "/chat/completions", content)
+            status = _status_in(body) if status == 200 else status
             if status == 200:
                 answer = _read_answer(body)
                 self._keep(form)
@@ -258,7 +265,9 @@ class HTTPClient:
             form = weaker
 
     def _content(self, form: _Form, messages: Messages, schema: dict, max_tokens: int) -> bytes:
-        content: dict[str, object] = {"model": self.model, "messages": messages, form.limit_field: max_tokens}
+        messages = messages if form.has_system else without_system(messages)
+        content: dict[str, object] = {"model": self.model, "messages": messages, "stream": False}
+        content[form.limit_field] = max_tokens
         if form.has_temperature:
             content["temperature"] = 0
         if form.response_format == "json_schema":
@@ -401,6 +410,24 @@ def _read_body(response: http.client.HTTPResponse) -> bytes:
     return b"".join(pieces)
 
 
+def without_system(messages: Messages) -> Messages:
+    """The same question for a model that knows no system role: its words stand before the user's first ones."""
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    first, *others = [message for message in messages if message["role"] != "system"]
+    return [{**first, "content": "\n\n".join([*system, first["content"]])}, *others]
+
+
+def _status_in(body: bytes) -> int:
+    """The status of a failure that some gateways put into a response of status 200; 200 where it is none."""
+    if b'"choices"' in body:
+        return 200
+    try:
+        code = json.loads(body)["error"]["code"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 200
+    return code if isinstance(code, int) and 400 <= code < 600 else 200
+
+
 def _read_answer(body: bytes) -> Answer:
     """What stands in the response to a chat completion.
 
@@ -412,25 +439,32 @@ def _read_answer(body: bytes) -> Answer:
     try:
         content = json.loads(body)
         choice = content["choices"][0]
-        said = choice["message"]["content"]
+        message = choice["message"]
+        said = message.get("content")
         usage = content.get("usage") or {}
         reason = choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        raise CallFailedError("the server's response is no chat completion", "passing", may_be_charged=True) from None
+        reason = "the server's response is no chat completion"
+        raise CallFailedError(reason, "passing", _message_of(body), may_be_charged=True) from None
     if isinstance(said, list):  # in parts, as some gateways send it
         said = "".join(part.get("text") or "" for part in said if isinstance(part, dict))
     text = said if isinstance(said, str) else ""
-    return Answer(
-        text[:MOST_CHARACTERS],
-        _count(usage, "prompt_tokens"),
-        _count(usage, "completion_tokens"),
-        reason == "length" or len(text) > MOST_CHARACTERS,
-    )
+    for name in ("reasoning_content", "reasoning"):
+        # Under a schema some servers take the whole answer for thoughts, and leave the content empty.
+        thought = message.get(name)
+        if not text.strip() and isinstance(thought, str) and thought.lstrip().startswith("{"):
+            text = thought
+    is_cut = str(reason).lower() in ENDED_BY_LIMIT or len(text) > MOST_CHARACTERS
+    # Servers that put the first mark into the question send thoughts with the last one alone.
+    text = text.rpartition("</think>")[2][:MOST_CHARACTERS]
+    return Answer(text, _count(usage, "prompt_tokens", "input_tokens"),
+                  _count(usage, "completion_tokens", "output_tokens"), is_cut)  # fmt: skip
 
 
-def _count(usage: object, name: str) -> int | None:
-    value = usage.get(name) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+def _count(usage: object, *names: str) -> int | None:
+    values = [usage.get(name) for name in names] if isinstance(usage, dict) else []
+    counts = [value for value in values if isinstance(value, int) and not isinstance(value, bool) and value >= 0]
+    return counts[0] if counts else None
 
 
 def _message_of(body: bytes) -> str:

@@ -59,6 +59,7 @@ class Ledger:
 
     Attributes:
         calls, tokens_in, tokens_out: Of this run.
+        uncounted: Answers of this run whose tokens the server did not count.
         spent: Of all runs, with (3).
 
     Raises:
@@ -71,7 +72,7 @@ class Ledger:
             raise ValueError("--llm_budget needs --llm_price IN OUT, what a million tokens cost.")
         self.path, self.prices, self.budget = path, prices, budget
         self.run = uuid.uuid4().hex[:12]
-        self.calls = self.tokens_in = self.tokens_out = 0
+        self.calls = self.tokens_in = self.tokens_out = self.uncounted = 0
         self.spent = self.spent_before = 0.0
         self._reserved: dict[int, float] = {}
         self._number = 0
@@ -146,6 +147,7 @@ class Ledger:
         """Write what was answered, and what it cost, to the disk."""
         with self._changed:
             # A count that a server does not give is taken for the largest one.
+            self.uncounted += answer.tokens_in is None or answer.tokens_out is None
             tokens_in = reservation.tokens_in if answer.tokens_in is None else answer.tokens_in
             tokens_out = reservation.tokens_out if answer.tokens_out is None else answer.tokens_out
             cost = self.cost(tokens_in, tokens_out)

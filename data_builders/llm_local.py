@@ -4,7 +4,9 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .llm_client import MOST_CHARACTERS, Answer, CallFailedError, Messages, told
+import jinja2
+
+from .llm_client import MOST_CHARACTERS, Answer, CallFailedError, Messages, told, without_system
 
 
 @dataclass
@@ -75,7 +77,9 @@ class TransformersClient:
                 )[0, count:]
             except torch.OutOfMemoryError as error:
                 raise CallFailedError("memory ran out", "report", told(error)) from None
-        text = self._tokenizer.decode(made, skip_special_tokens=True)
+            except RuntimeError as error:  # of the CPU's memory, too
+                raise CallFailedError("the model broke off", "report", told(error)) from None
+        text = self._tokenizer.decode(made, skip_special_tokens=True).rpartition("</think>")[2]
         ends = self._network.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [end if ends is None else ends]
         is_cut = not len(made) or int(made[-1]) not in ends
@@ -83,9 +87,14 @@ class TransformersClient:
 
     def _tokens(self, messages: Messages):
         if self._tokenizer.chat_template is not None:
-            return self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            for asked in (messages, without_system(messages)):  # some templates refuse the system role
+                try:
+                    return self._tokenizer.apply_chat_template(
+                        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                    )
+                except jinja2.TemplateError as error:
+                    refused = told(error)
+            raise CallFailedError("the model's chat template does not take the question", "fatal", refused)
         text = "\n\n".join(message["content"] for message in messages)
         return self._tokenizer(f"{text}\n\n", return_tensors="pt", return_token_type_ids=False)
 

@@ -254,6 +254,9 @@ class LanguageModel:
         lines.insert(
             1, f"  {counted(ledger.calls, 'call')}: {ledger.tokens_in:,} tokens in, {ledger.tokens_out:,} out{cost}"
         )
+        if ledger.uncounted:
+            answers = counted(ledger.uncounted, "answer")
+            lines.insert(2, f"  {answers} came without a count of tokens, for which the most was taken")
         if self.tally.refused[CUT] > 0.1 * ledger.calls:
             lines.append("  Many answers were cut: a model that thinks first, or writes much, needs --llm_max_tokens.")
         if any(not reason.startswith(FOR_GOOD) for reason in self.tally.fallen_back):

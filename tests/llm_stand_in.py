@@ -12,6 +12,7 @@ answer arrives.
 
 import http.client
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -38,7 +39,7 @@ class LLM:
     right_answer: Callable[[str, str], str]
     url: str = ""
     faults: Callable[[str, int], str | None] = lambda report, number: None
-    refuses: dict[str, str] = field(default_factory=dict)  # field of a request, or value in it -> message of a 400
+    refuses: dict[str, str] = field(default_factory=dict)  # field, format or role of a request -> message of a 400
     models: list[str] | None = field(default_factory=lambda: ["stand-in"])
     key: str | None = None
     retry_after: str | None = "0.2"
@@ -124,7 +125,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         llm = self.llm
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        report = body["messages"][1]["content"]
+        question = next(message["content"] for message in body["messages"] if message["role"] == "user")
+        report = re.search(r"(?:^|\n\n)((?:FINDINGS|IMPRESSION)\n.*)", question, re.DOTALL)[1]
         with llm.lock:
             llm.asked.append(report)
             llm.bodies.append(body)
@@ -157,8 +159,9 @@ class Handler(BaseHTTPRequestHandler):
         llm = self.llm
         if not self.may_enter():
             return
+        kinds = {*body, body.get("response_format", {}).get("type"), *(one["role"] for one in body["messages"])}
         for name, message in llm.refuses.items():
-            if name in body or body.get("response_format", {}).get("type") == name:
+            if name in kinds:
                 self.send({"error": {"message": message}}, 400)
                 return
         fault = llm.faults(report, number)

@@ -40,7 +40,7 @@ def test_one_question_is_one_request_with_a_schema(server):
     assert (answer.tokens_in, answer.tokens_out) == server.charged[0] and not answer.is_cut
     (body,) = server.bodies
     assert body["model"] == "a model" and body["temperature"] == 0 and body["max_tokens"] == 300
-    assert body["response_format"]["json_schema"]["schema"] == SCHEMA
+    assert body["response_format"]["json_schema"]["schema"] == SCHEMA and body["stream"] is False
     assert "Authorization" not in server.headers[0]
 
 
@@ -51,6 +51,7 @@ def test_one_question_is_one_request_with_a_schema(server):
         ("response_format", "Unknown field", None),
         ("max_tokens", "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", "schema"),
         ("temperature", "Unsupported value: 'temperature' does not support 0 with this model.", "schema"),
+        ("system", "Conversation roles must alternate user/assistant/user/assistant/...", "schema"),
     ],
 )
 def test_a_field_that_the_server_refuses_is_left_out_from_then_on(server, caplog, refused, message, expected):
@@ -65,6 +66,9 @@ def test_a_field_that_the_server_refuses_is_left_out_from_then_on(server, caplog
     if expected == "schema":
         assert refused not in last and last["response_format"]["type"] == "json_schema"
         assert ("max_completion_tokens" in last) == (refused == "max_tokens")
+        roles = [message["role"] for message in last["messages"]]
+        assert roles == (["user"] if refused == "system" else ["system", "user"])
+        assert "You split CT reports" in last["messages"][0]["content"] and REPORT in last["messages"][-1]["content"]
     else:
         assert last.get("response_format") == expected
         assert "does not take the response_format" in caplog.text
@@ -176,6 +180,55 @@ def test_kinds_of_failure(server, fault, kind, reason, may_be_charged):
     assert (failed.value.kind, failed.value.may_be_charged) == (kind, may_be_charged)
     assert "liver" not in failed.value.reason, "a reason is counted and kept: no report in it"
     assert failed.value.is_busy == (fault == "busy")
+
+
+ENVELOPES = [
+    ({"content": "{1}"}, "stop", {"prompt_tokens": 1, "completion_tokens": 2}, ("{1}", 1, 2, False)),
+    ({"content": "{1}"}, "end_turn", {"input_tokens": 1, "output_tokens": 2}, ("{1}", 1, 2, False)),
+    ({"content": "{1}"}, None, None, ("{1}", None, None, False)),
+    ({"content": "{1"}, "max_tokens", {"prompt_tokens": None}, ("{1", None, None, True)),
+    ({"content": [{"type": "text", "text": "{1}"}]}, "stop", {}, ("{1}", None, None, False)),
+    ({"content": "Liver {2} </think>\n{1}"}, "stop", {}, ("\n{1}", None, None, False)),  # no thought is kept
+    ({"content": "{1}", "reasoning_content": "{2}"}, "stop", {}, ("{1}", None, None, False)),
+    ({"content": None, "reasoning_content": " {1}"}, "stop", {}, (" {1}", None, None, False)),
+    ({"content": "", "reasoning": "The liver"}, "stop", {}, ("", None, None, False)),
+    ({"refusal": "I cannot"}, "stop", {}, ("", None, None, False)),
+]
+
+
+@pytest.mark.parametrize(("message", "reason", "usage", "expected"), ENVELOPES)
+def test_answers_as_servers_wrap_them(message, reason, usage, expected):
+    body = {"choices": [{"message": message, "finish_reason": reason, "index": 0}], "usage": usage, "timings": {}}
+    answer = llm_client._read_answer(json.dumps(body).encode())
+    assert (answer.text, answer.tokens_in, answer.tokens_out, answer.is_cut) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "reason"),
+    [
+        ({"error": {"code": 429, "message": "Slow down"}}, "passing", "the server is busy (status 429): Slow down"),
+        ({"error": {"code": 401, "message": "No key"}}, "fatal", "does not let us in (status 401): No key"),
+        ({"error": {"code": "x", "message": "Odd"}}, "passing", "the server's response is no chat completion: x Odd"),
+        ({"choices": []}, "passing", "the server's response is no chat completion"),
+    ],
+)
+def test_a_failure_in_a_response_of_status_200(monkeypatch, body, kind, reason):
+    client = HTTPClient("http://localhost", "m")
+    monkeypatch.setattr(client, "_request", lambda *request: (200, {}, json.dumps(body).encode()))
+    with pytest.raises(CallFailedError) as failed:
+        ask(client)
+    assert failed.value.kind == kind and reason in str(failed.value)
+
+
+def test_a_server_that_loads_its_model_says_so(monkeypatch):
+    for model in ("", "m"):
+        client = HTTPClient("http://localhost", model)
+        monkeypatch.setattr(client, "_request", lambda *r: (503, {}, b'{"error": {"message": "Loading model"}}'))
+        if model:
+            assert choose_model(client, model) == model
+        else:
+            with pytest.raises(ValueError, match=r"\(status 503\): Loading model. Is the server running"):
+                choose_model(client, None)
 
 
 def test_nobody_answers():

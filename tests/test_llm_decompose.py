@@ -510,6 +510,19 @@ def test_whatever_a_model_writes_nothing_comes_out_that_the_report_does_not_hold
     assert taken > 10 and refused > 30
 
 
+@pytest.mark.parametrize(
+    "around",
+    [
+        "Here is {the JSON}:\n```json\n%s\n```\nI hope {it} helps.",
+        '<thinking>{"sentences": []}, or {"sentences": [1, </thinking> %s',
+        '{"thoughts": "none"} %s',
+    ],
+)
+def test_the_last_answer_in_many_words_counts(around):
+    text = around % json.dumps({"sentences": [{**ALL[0], "normal": ["liver"]}, *ALL[1:]]}, indent=1)
+    assert set(read_answer(Answer(text), NUMBERED, ORGANS, "numbers")) == {"liver"}
+
+
 def test_spellings_of_organs_and_numbers_are_forgiven():
     entries = [{**entry, "n": str(entry["n"])} for entry in ALL]
     entries[0]["abnormal"], entries[1]["normal"] = [" Liver", "lungs"], ["liver"]

@@ -4,9 +4,11 @@ import json
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
+from data_builders import llm_calls
 from data_builders.llm_calls import MINUTE, Calls, Limits, RateLimit
 from data_builders.llm_client import Answer, CallFailedError
 from data_builders.llm_ledger import BudgetSpentError, Ledger
@@ -237,6 +239,18 @@ def test_what_will_not_pass_ends_all_calls(tmp_path):
                 with pytest.raises(CallFailedError):
                     calls.ask(KEYS[0], 0, [], {}, (1, 1, 1))
             assert client.count == 1 and calls.closed_because
+
+
+def test_a_long_wait_for_a_busy_server_is_told_once(tmp_path, monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(llm_calls, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    client = Scripted(*[failure(is_busy=True, retry_after=30.0) for _ in range(3)])
+    with Ledger(tmp_path / "cache") as ledger:
+        calls = Calls(client, ledger, Limits())
+        monkeypatch.setattr(calls._stopped, "wait", lambda seconds: now.__setitem__(0, now[0] + seconds))
+        assert calls.ask(KEYS[0], 0, [], {}, (1, 1, 1)).text == "{}"
+    assert now[0] > 90
+    assert caplog.text.count("all calls wait for 3") == 2, "the second one came right behind the first"
 
 
 def test_many_failures_in_a_row_end_all_calls_and_an_answer_between_them_does_not(tmp_path):

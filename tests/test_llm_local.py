@@ -77,6 +77,18 @@ def test_what_the_model_says_is_read_and_counted(folder, tmp_path, monkeypatch, 
     assert heard[0].startswith("<system>You split CT reports") == has_template
 
 
+def test_a_template_that_refuses_the_system_role(folder):
+    client = TransformersClient(str(folder))
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    client._tokenizer.chat_template = refuses + CHAT
+    asked = client._tokenizer.decode(client._tokens(MESSAGES)["input_ids"][0])
+    assert asked == "<user>Split.\n\nFINDINGS\n1: The liver.<assistant>"
+    client._tokenizer.chat_template = "{{ raise_exception('no question is right') }}"
+    with pytest.raises(CallFailedError, match="template does not take the question.*no question is right") as failed:
+        client.ask(MESSAGES, {}, 5)
+    assert failed.value.kind == "fatal"
+
+
 def test_an_answer_without_its_end_is_cut(folder):
     answer = TransformersClient(str(folder)).ask(MESSAGES, {}, 5)
     assert (answer.tokens_out, answer.is_cut) == (5, True)

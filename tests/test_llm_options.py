@@ -152,6 +152,15 @@ def test_a_report_that_fell_back_says_why(command, server, tmp_path, capsys):
     assert "The same command asks again" in capsys.readouterr().out
 
 
+def test_what_a_server_does_not_count_or_refuses_is_told(command, server, capsys, caplog):
+    first, *_ = (numbered(report).text() for report in small_reports(10))
+    server.faults = lambda report, number: "no usage" if report == first else "status 400"
+    assert command("--method", "llm", "--llm_price", "1", "4") == 0
+    assert "1 answer came without a count of tokens, for which the most was taken" in capsys.readouterr().out
+    told = [record.message for record in caplog.records if "a call was given up" in record.message]
+    assert len(told) == 1 and "(status 400): out of order, in the midst of: FINDINGS" in told[0]
+
+
 def test_the_builder_takes_the_split_as_its_reports(command, tmp_path):
     assert command("--method", "llm") == 0
     settings = SimpleNamespace(organ_set=SimpleNamespace(organs=ORGANS))
