@@ -24,7 +24,7 @@ from modeling_fvlm.captions import compose_caption, is_abnormal_caption
 from .assertion import LONGEST, ONLY_SHOWN, Assertions, Status, judge_sentence
 from .cases import OrganText
 from .decomposition import Decomposition, Labels
-from .lexicon import WORD, Entry, Lexicon, Part, american, fold, load_lexicon, singular, starts_with
+from .lexicon import WORD, Entry, Lexicon, Part, american, fold, load_lexicon, plain_words, singular, starts_with
 from .report_sentences import Sentence, clean, report_sentences, split_sentences
 
 __all__ = [
@@ -57,7 +57,14 @@ NEAR_RIB = re.compile(
     r"((?:\d{1,2}(?:st|nd|rd|th|\.)?[\s,\-]*(?:and|to|through|&)?\s*)+)(?:\w+\s){0,2}ribs?\b"
     r"|\bribs?\s(?:#\s?)?((?:\d{1,2}(?!\s?[mc]m)[\s,\-]*(?:and|to|through)?\s*)+)"
 )
-POINTERS = (("this", "is"), ("these", "are"), ("this", "ha"), ("this", "may"))
+POINTERS = tuple(
+    plain_words(f"{pronoun} {verb}")
+    for pronoun in ("this", "these")
+    for verb in WORD.findall(
+        "is are has have may does do did extends extend invades involves involve reaches reach abuts abut displaces"
+        " displace compresses compress crosses cross contacts contact causes cause breaches measures measure"
+    )
+)
 PRONOUNS = frozenset(["it", "its", "they", "their", "them", "these", "this", "both", "those"])
 MIN_ENGLISH_WORDS, MIN_ENGLISH = 12, 0.47  # of so many words at least this share; English reports have 0.6 and more
 FUNCTION_WORDS = frozenset(
@@ -112,7 +119,7 @@ PARTS_OF_ORGANS = frozenset(
     )
 )
 LOBE_WORDS = frozenset(["left", "right", "upper", "middle", "lower", "lobe", "both"])
-VESSELS = frozenset(["artery", "arterie", "vein", "venous", "arterial", "vessel", "branch"])
+VESSELS = frozenset(["artery", "vein", "venous", "arterial", "vessel", "branch"])
 
 
 class Mention(NamedTuple):

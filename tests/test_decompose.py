@@ -155,6 +155,7 @@ def test_what_a_report_is_about_tells_what_some_terms_mean(sentences, expected):
         (["Filling defects in the right lower lobe segmental and left upper lobe subsegmental branches."], [""]),
         (["The lungs are clear.", "The heart is normal.", "Right basal infarct."], ["lung", "heart", "lung"]),
         (["The liver is large.", "No focal SOL."], ["liver", "liver"]),
+        (["Metastasis of the rib.", "This does not breach the pleura."], ["rib", "lung rib"]),
         (["CT HEAD WITHOUT CONTRAST", "LOW DOSE CT LUNG SCREENING"], ["", ""]),
         (["CT of the brain shows an infarct."], ["brain"]),
     ],

@@ -46,6 +46,7 @@ def test_sides_parts_and_numbers():
         ("Goiter.", {"thyroid_gland"}),
         ("The left atrium is dilated.", {"heart_atrium_left", "atrial_appendage_left"}),
         ("Enlarged prostate.", {"prostate"}),
+        ("The subclavian arteries are patent.", {"subclavian_artery_left", "subclavian_artery_right"}),
         ("The right subclavian artery is stenosed.", {"subclavian_artery_right"}),
     ],
 )
@@ -128,7 +129,7 @@ def test_an_organ_of_the_users_own_is_known_by_its_classes():
         ("Gall Bladder", "gall bladders"), ("pneurnothorax", "pneumothorax"), ("k1dney", "kidney"),
         ("pancraes", "pancreas"), ("hydronephrosls", "hydronephrosis"), ("metastases", "metastasis"),
         ("peri-cardial", "pericardial"), ("ga11b1adder", "gallbladder"), ("hydronefrosis", "hydronephrosis"),
-        ("kidnies", "kidney"), ("speen", "spleen"),
+        ("kidnies", "kidney"), ("speen", "spleen"), ("arteries", "artery"),
     ],
 )  # fmt: skip
 def test_spellings_that_are_one(one, other):
