@@ -437,7 +437,7 @@ def test_the_table_is_that_of_ten_epochs_at_either_end(tmp_path):
     assert "nan" not in text
 
 
-@pytest.mark.parametrize(("count", "ten"), [(1, "1 log line"), (5, "2 log lines"), (40, "10 log lines")])
+@pytest.mark.parametrize(("count", "ten"), [(1, "log line"), (5, "2 log lines"), (40, "10 log lines")])
 def test_the_table_of_a_run_of_few_epochs_is_that_of_its_log_lines(count, ten):
     rows = [OrganLossRow(step, 0.1, "lung", 2.0 - 0.01 * step, 2.0, 1.0, 1.0) for step in range(1, count + 1)]
     (lung,), name = progress(rows)

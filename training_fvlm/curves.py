@@ -103,7 +103,7 @@ def progress(rows: Sequence[OrganLossRow], evaluated: Sequence[OrganLossRow] = (
 
     Returns:
         The organs, the one that has learned most first, those never active last; and what the ten are ("10 epochs",
-        "4 log lines": of a short run half its lines).
+        "4 log lines", "log line": of a short run half its lines).
     """
     epochs = {math.ceil(row.epoch) for row in rows}
     by_epoch = len(epochs) >= 2 * TEN
@@ -120,8 +120,8 @@ def progress(rows: Sequence[OrganLossRow], evaluated: Sequence[OrganLossRow] = (
         known = (_mean(first, "loss"), _mean(last, "loss"), chance, floor, active, _mean(last, "text_cosine"))
         found.append(Progress(organ, *known, newest.get(organ)))
     found.sort(key=lambda each: math.inf if math.isnan(each.learned) else -each.learned)
-    name = ("epoch" if by_epoch else "log line") + ("s" if count > 1 else "")
-    return found, f"{count} {name}"
+    name = "epoch" if by_epoch else "log line"
+    return found, f"{count} {name}s" if count > 1 else name
 
 
 def _mean(rows: Sequence[OrganLossRow], name: str) -> float:
