@@ -111,6 +111,12 @@ Stable post-radiation change in the left upper lobe. | lung+
 Zero calcium score. | heart-
 The RV/LV ratio is 0.9. | heart-
 The RV/LV ratio is 1.4. | heart+
+No suspicious features in the known renal cyst. | kidney+
+No known renal cyst. | kidney-
+The known renal cyst is no longer seen. | kidney-
+No definite rib fracture, although subtle fractures may be missed. | rib-
+The gallbladder is normally distended without stones. | gallbladder-
+The right hip is replaced. | hip+
 Thin left frontal extradural measuring 4 mm. | brain+
 No subdural. | brain-
 Physiological tracer distribution in the brain. | brain-
