@@ -328,7 +328,7 @@ def test_the_options_are_those_of_the_command(tmp_path):
     """The same words say the same: nothing of a config is lost on its way to the settings."""
     config = streaming.CTRateConfig(
         organs="chest_4", spacing=(2.0, 1.5, 1.0), margin=(1, 2, 3), reconstructions="best", splits=("validation",),
-        volumes="original", rescale="apply",
+        volumes="original", rescale="apply", labels="ct_rate_18", unmentioned="absent",
     )  # fmt: skip
     args = streaming.parsed(streaming.ct_rate_arguments(config))
     assert (args.organs, args.spacing, args.margin) == ("chest_4", [2.0, 1.5, 1.0], [1, 2, 3])
@@ -338,11 +338,12 @@ def test_the_options_are_those_of_the_command(tmp_path):
         "original",
         "apply",
     )
+    assert (args.labels, args.unmentioned) == ("ct_rate_18", "absent")
     parser = streaming.Options()
     ct_rate.add_arguments(parser)
     defaults = parser.parse_args(["--source", "x", "--out", "y"])
     plain = streaming.parsed(streaming.ct_rate_arguments(streaming.CTRateConfig()))
-    for name in ("organs", "reconstructions", "splits", "volumes", "rescale", "lexicon"):
+    for name in ("organs", "reconstructions", "splits", "volumes", "rescale", "lexicon", "labels", "unmentioned"):
         assert getattr(plain, name) == getattr(defaults, name), name
     assert tuple(plain.spacing) == tuple(defaults.spacing) and tuple(plain.margin) == tuple(defaults.margin)
 
