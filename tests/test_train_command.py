@@ -455,12 +455,25 @@ def test_recipes_that_ship_are_whole(path, tmp_path):
         words += ["--init_from", "d"]
     settings = parse_settings(words, "help")
     assert settings.recipe["name"] == path.stem and settings.recipe["version"] >= 1
+    assert settings.training.group_size >= 8, "too few to contrast"
     organs = load_organ_set(settings.model.get("organ_set", "chest_4"))  # a recipe may leave it to the split
     geometry = settings.model.get("spacing", (20.0, 4.0, 4.0)), settings.model.get("margin_voxels", (1, 4, 4))
     preparation = settings.model.get("preprocessing", "standard")
     description = SplitDescription(organs.name, tuple(organs.organs), organs.classes, *geometry, preparation)
     check_against_recipe(description, settings.model, "d")
     assert has_auto_windows(settings.model) or "windows" not in settings.model
+
+
+def test_a_batch_size_that_is_not_used_is_named(tmp_path, caplog):
+    words = ["--recipe", "full_size", "--data", "d", "--output_dir", str(tmp_path), "--use_cpu"]
+    args = parse_settings(words, "help").training
+    assert (args.group_size, args.micro_batch_size, args.is_cached) == (
+        32,
+        2,
+        True,
+    ) and "is not used" not in caplog.text
+    assert parse_settings([*words, "--per_device_train_batch_size", "4"], "help").training.micro_batch_size == 2
+    assert "--per_device_train_batch_size 4 is not used: --contrastive_batch_size 32" in caplog.text
 
 
 def test_the_published_recipe_is_the_published_run(tmp_path):

@@ -602,6 +602,15 @@ class FVLMTrainingArguments(ObjectiveSettings, TrainingArguments):
                 f"--contrastive_batch_size {self.contrastive_batch_size} cannot be shared out evenly over "
                 f"{self.world_size} processes: take {smaller or self.world_size} or {smaller + self.world_size}."
             )
+        default = type(self).per_device_train_batch_size
+        if self.micro_batch_size and self.per_device_train_batch_size not in (default, self.micro_batch_size):
+            logger.warning(
+                "--per_device_train_batch_size %d is not used: --contrastive_batch_size %d patients are contrasted, "
+                "--micro_batch_size %d of them computed at a time.",
+                self.per_device_train_batch_size,
+                self.contrastive_batch_size,
+                self.micro_batch_size,
+            )
         asked = self.micro_batch_size or self.per_device_train_batch_size
         self.micro_batch_size = min(asked, self.contrastive_batch_size // self.world_size)
         self.per_device_train_batch_size = self.micro_batch_size
