@@ -31,9 +31,9 @@
 set -euo pipefail
 export OMP_NUM_THREADS=1  # a worker is one process on one core
 
-if [ "$1" = merge ]; then
+if [ "${1:?name a builder and its options}" = merge ]; then
     exec python -m data_builders "$@"
 fi
 # exec: the signal before the time limit then reaches the builder itself, which stops cleanly.
 exec python -m data_builders "$@" \
-    --shard "$SLURM_ARRAY_TASK_ID/${FVLM_TASKS:-$SLURM_ARRAY_TASK_COUNT}" --workers "$SLURM_CPUS_PER_TASK"
+    --shard "${SLURM_ARRAY_TASK_ID:?submit an array, sbatch --array=1-32}/${FVLM_TASKS:-$SLURM_ARRAY_TASK_COUNT}" --workers "$SLURM_CPUS_PER_TASK"
