@@ -21,6 +21,7 @@ Rules need no network, give the same result each time, and take some millisecond
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -41,6 +42,7 @@ from .decomposition import Decomposition
 from .lexicon import Lexicon, load_lexicon
 from .llm_decompose import NOT_BY_MODEL
 from .llm_options import add_llm_arguments, check_llm_arguments, open_llm
+from .progress import stopping_cleanly
 from .report_files import Reports, TextReport, open_reports
 from .report_labels import FindingRules, load_finding_rules
 from .shards import replace_durably
@@ -95,7 +97,8 @@ def decompose_reports(
         return
     source = iter(reports)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _begin_worker, (rules,)) as pool:
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (rules,))
+    try:
         pending: deque = deque()
         while chunk := list(islice(source, CHUNK)):
             pending.append((chunk, pool.submit(_work, chunk)))
@@ -104,6 +107,8 @@ def decompose_reports(
                 yield from zip(done, future.result(), strict=True)
         for done, future in pending:
             yield from zip(done, future.result(), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # where the caller stops, nobody wants the rest
 
 
 @dataclass
@@ -270,16 +275,25 @@ def run(args: argparse.Namespace) -> int:
     reports = open_reports(args.reports, args.columns)
     tally = Tally()
     start = time.perf_counter()
-    if args.method == "rules":
-        workers = min(args.workers, os.cpu_count() or 1)
-        done = write(args.out, args.format, entries_of(decompose_reports(reports, rules, workers), tally), rules.organs)
-    else:
-        done = ask(args, reports, rules, tally)
-        if done is None:
-            return 0
+    with stopping_cleanly(args.out):
+        done = split(args, reports, rules, tally) if args.method == "rules" else ask(args, reports, rules, tally)
+    if done is None:
+        return 0
     for line in (*tally.lines(rules.organs, time.perf_counter() - start), done):
         console.print(line, markup=False, soft_wrap=True)
     return 0
+
+
+def split(args: argparse.Namespace, reports: Reports, rules: Rules, tally: Tally) -> str:
+    """--method rules."""
+    workers = min(args.workers, os.cpu_count() or 1)
+    pairs = decompose_reports(reports, rules, workers)
+    try:
+        with contextlib.closing(pairs):
+            return write(args.out, args.format, entries_of(pairs, tally), rules.organs)
+    except KeyboardInterrupt:
+        done = counted(tally.reports, "report")
+        raise ValueError(f"stopped by a signal after {done}; nothing was written.") from None
 
 
 def ask(args: argparse.Namespace, reports: Reports, rules: Rules, tally: Tally) -> str | None:

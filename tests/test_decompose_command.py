@@ -4,9 +4,11 @@ import csv
 import json
 import random
 import re
+import signal
 
 import pytest
 
+from data_builders import decompose_command
 from data_builders.__main__ import main
 from data_builders.cases import OrganText
 from data_builders.decompose import decompose_report
@@ -229,3 +231,14 @@ def test_text_of_any_kind_is_split_without_a_crash():
 def test_a_decomposition_that_is_none(entry):
     with pytest.raises(ValueError, match="is not of the form"):
         Decomposition.from_json(entry)
+
+
+def test_a_signal_stops_the_rules_and_leaves_nothing(reports, tmp_path, monkeypatch, capsys):
+    def write(path, entries):
+        next(iter(entries))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(decompose_command, "write_json", write)
+    assert run("--reports", reports, "--organs", "chest_4", "--out", tmp_path / "split.json") == 2
+    assert "stopped by a signal after 1 report; nothing was written" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
