@@ -125,6 +125,7 @@ def test_organs_of_a_sentence(sentence, expected):
     ("sentences", "expected"),
     [
         (["The cerebellum is normal.", "No hemorrhage.", "Ventricles are dilated."], ["brain", "brain", "brain"]),
+        (["Normal pons.", "Normal thalami.", "Clear sinuses.", "No hemorrhage."], ["brain", "brain", "face", "brain"]),
         (["The liver is normal.", "No hemorrhage."], ["liver", ""]),
         (["Calcified mitral valve.", "The liver is normal.", "Ventricles are dilated."], ["heart", "liver", "heart"]),
         (["The lungs are clear.", "The brain is normal.", "Edema is seen."], ["lung", "brain", "brain"]),
@@ -144,7 +145,6 @@ def test_what_a_report_is_about_tells_what_some_terms_mean(sentences, expected):
         (["ABDOMEN: The liver is normal.", "Nodules are seen."], ["liver", "lung"]),  # a region is no place
         (["Abdomen: laceration of segment 5/6."], ["liver"]),
         (["ORBITS: normal.", "Vessels: no stenosis."], ["face", ""]),
-        (["ABDOMEN", "The appendix is dilated.", "No perforation."], ["", "colon", "colon"]),
         (["LUNGS: Nodules.", "Suggest follow-up."], ["lung", ""]),
         (["LUNGS: Nodules.", "The effusion of the last examination is not seen."], ["lung", "lung"]),
         (["Tumor of the rectum.", "Length: 5.5 cm"], ["colon", "colon"]),
@@ -163,6 +163,11 @@ def test_what_a_report_is_about_tells_what_some_terms_mean(sentences, expected):
 def test_headings_references_and_titles(sentences, expected):
     found = [" ".join(sorted(organs & set(BODY_24))) for organs in organs_of_sentences(sentences, LEXICON)]
     assert found == expected
+
+
+def test_a_region_on_a_line_of_its_own_is_no_heading():
+    text = "ABDOMEN\nThe appendix is dilated.\nNo perforation.\n\nBONES\nNo focal lesion."
+    assert decompose(text, "", BODY_24, LEXICON)["colon"].findings == ("The appendix is dilated.", "No perforation.")
 
 
 def test_it_stays_what_it_was():
