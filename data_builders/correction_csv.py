@@ -182,7 +182,8 @@ def check_cells(
     def wrong(column: str, why: str) -> ValueError:
         return ValueError(f"{line}, column {column}: {cells[column]!r} {why}")
 
-    name, section, organ = cells["id"], cells["section"].lower(), cells["organ"]
+    name, section = cells["id"], cells["section"].lower()
+    organ = {known.lower(): known for known in organs}.get(cells["organ"].lower(), cells["organ"])
     if name not in entry_of:
         raise wrong("id", f"is no report of the split{nearest(name, entry_of)}.")
     if section not in SECTIONS:

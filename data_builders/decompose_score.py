@@ -413,9 +413,9 @@ def print_score(result: Mapping) -> None:
         f"coverage {told(result['coverage'])}; invented {result['invented']}, in the other section "
         f"{result['in_other_section']}; {counted(len(result['misplaced']), 'misplaced sentence')}",
     ]
-    if result["missing_reports"]:
-        lines.append(f"without a prediction: {', '.join(result['missing_reports'][:12])}")
-    if result["unknown_reports"]:
-        lines.append(f"not in the gold: {', '.join(result['unknown_reports'][:12])}")
+    for told_as, names in (("without a prediction", "missing_reports"), ("not in the gold", "unknown_reports")):
+        if result[names]:
+            some = ", ".join(result[names][:12]) + (", ..." if len(result[names]) > 12 else "")
+            lines.append(f"{told_as}: {counted(len(result[names]), 'report')} ({some})")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

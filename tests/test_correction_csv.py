@@ -79,7 +79,7 @@ def test_gold_reports_come_back_as_they_were(tmp_path):
 
 
 def test_corrections_arrive(tmp_path, rows):
-    rows[0]["organ"], rows[0]["abnormal"] = "liver", "TRUE"  # moved
+    rows[0]["organ"], rows[0]["abnormal"] = "Liver", "TRUE"  # moved
     rows[1]["abnormal"] = "1"  # flag turned
     rows[5] |= {"organ": "heart", "abnormal": "yes"}  # a sentence that went nowhere
     rows.append(rows[3] | {"organ": "lung"})  # copied to a second organ, out of order
