@@ -654,7 +654,7 @@ class Context:
             if behind.organs < named.organs and behind.organs and self.names_only(named) and body.count(":") == 1:
                 own = behind.organs  # "LUNGS AND AIRWAYS: the central airways are patent"
             if named.organs or named.is_elsewhere or named.weak:
-                self.heading = named.organs or (frozenset() if named.is_elsewhere else named.weak)
+                self.heading = named.organs or (frozenset() if named.is_elsewhere else self.by_weak_terms(named))
             elif not named.words or RESETTING.search(named.text):
                 self.heading = None
         organs, is_sure = (own, True) if own else self.organs_of(analysis)
@@ -683,7 +683,7 @@ class Context:
         if self.says_finding(named) or not (is_alone or (named.mentions and self.names_only(named))):
             return is_alone and not named.mentions
         if named.organs or named.is_elsewhere or named.weak:
-            self.heading = named.organs or (frozenset() if named.is_elsewhere else named.weak)
+            self.heading = named.organs or (frozenset() if named.is_elsewhere else self.by_weak_terms(named))
         else:
             self.heading = None
         self.last = self.heading or frozenset()

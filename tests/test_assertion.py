@@ -117,6 +117,8 @@ The known renal cyst is no longer seen. | kidney-
 No definite rib fracture, although subtle fractures may be missed. | rib-
 The gallbladder is normally distended without stones. | gallbladder-
 The right hip is replaced. | hip+
+The right kidney is small/contracted in size. | kidney+
+Gallbladder adequately distended, wall thin. | gallbladder-
 Thin left frontal extradural measuring 4 mm. | brain+
 No subdural. | brain-
 Physiological tracer distribution in the brain. | brain-

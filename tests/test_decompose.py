@@ -145,6 +145,8 @@ def test_what_a_report_is_about_tells_what_some_terms_mean(sentences, expected):
         (["ABDOMEN: The liver is normal.", "Nodules are seen."], ["liver", "lung"]),  # a region is no place
         (["Abdomen: laceration of segment 5/6."], ["liver"]),
         (["ORBITS: normal.", "Vessels: no stenosis."], ["face", ""]),
+        (["Parenchyma: the pons and thalami are normal.", "Basal frontal contusion."], ["brain", "brain"]),
+        (["ORBITS: normal.", "Bones: See face section."], ["face", ""]),
         (["LUNGS: Nodules.", "Suggest follow-up."], ["lung", ""]),
         (["LUNGS: Nodules.", "The effusion of the last examination is not seen."], ["lung", "lung"]),
         (["Tumor of the rectum.", "Length: 5.5 cm"], ["colon", "colon"]),
