@@ -747,8 +747,8 @@ def _warnings(evaluation: Evaluation) -> list[str]:
         warnings.append(f"all scores are equal, so an AUC of 0.5 says nothing: {constant}.")
     if perfect := named(lambda c: c.scores[c.labels == 1].min() > c.scores[c.labels == 0].max()):
         warnings.append(
-            "perfectly separated, so resampling shows no spread: the AUC's lower end is the bound for so few patients, "
-            f"and the intervals of other figures are too narrow: {perfect}."
+            "perfectly separated, so resampling shows no spread, and intervals are too narrow but for that of the AUC, "
+            f"which is the bound for so few patients: {perfect}."
         )
     if silent := named(lambda c: c.thresholds is not None and not c.is_called.any()):
         warnings.append(f"nothing is called present at the threshold, precision is set to 0: {silent}.")

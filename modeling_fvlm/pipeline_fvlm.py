@@ -149,6 +149,12 @@ class FVLMZeroShotPipeline(Pipeline):
             # As a file in LPS would store it: the published preparation goes by the stored order.
             affine = _lps_affine(scan["spacing"])
             volume, mask = (_reversed(value) if _is_array(value) else value for value in (volume, mask))
+        if _is_array(volume) and affine is None:
+            raise ValueError(
+                'a volume given as an array needs "affine", voxel indices to mm in RAS+, as nibabel\'s image.affine; or '
+                '"spacing", mm along (depth, height, width), where it lies so. Without them nobody knows which end of an '
+                "axis is the patient's left."
+            )
         if mask is None and scan.get("numbering") is not None:
             raise ValueError("numbering says what the labels of a mask mean, but there is no mask.")
         numbering = scan.get("numbering") or "totalsegmentator_v2"

@@ -245,6 +245,7 @@ def test_published_scans_are_taken_as_stored(tmp_path):
     [
         ({"mask": "mask.nii.gz"}, "a scan is the path of its volume, or"),
         ({"volume": np.zeros((4, 4, 4))}, "a volume given as an array needs"),
+        ({"volume": np.zeros((4, 4, 4))}, 'an array needs "affine".* or "spacing"'),
         ({"volume": "ct.nii.gz", "spacing": (1, 1, 1)}, "spacing is for arrays without an affine"),
         ({"volume": np.zeros((4, 4, 4)), "affine": AFFINE, "spacing": (1, 1, 1)}, "spacing is for arrays without"),
         ({"volume": np.zeros((4, 4, 4)), "spacing": (1, 1)}, "spacing must be three positive mm"),
