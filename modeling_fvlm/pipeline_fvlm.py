@@ -151,9 +151,9 @@ class FVLMZeroShotPipeline(Pipeline):
             volume, mask = (_reversed(value) if _is_array(value) else value for value in (volume, mask))
         if _is_array(volume) and affine is None:
             raise ValueError(
-                'a volume given as an array needs "affine", voxel indices to mm in RAS+, as nibabel\'s image.affine; or '
-                '"spacing", mm along (depth, height, width), where it lies so. Without them nobody knows which end of an '
-                "axis is the patient's left."
+                'a volume given as an array needs "affine", voxel indices to mm in RAS+, as nibabel has it; or '
+                '"spacing", mm along (depth, height, width), where it lies so. Without them nobody knows which end of '
+                "an axis is the patient's left."
             )
         if mask is None and scan.get("numbering") is not None:
             raise ValueError("numbering says what the labels of a mask mean, but there is no mask.")
