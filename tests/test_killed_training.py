@@ -106,7 +106,7 @@ def start():
             process.communicate()
 
 
-def wait_for(condition, *processes: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, *processes: subprocess.Popen, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         for process in processes:
