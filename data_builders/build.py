@@ -467,7 +467,12 @@ def finish_split(
     if not has_rows:
         console.print("[red]Nothing was written: every case was skipped.[/red]")
         return 1
-    console.print(f"written to {folder}; look at {folder / 'previews'} before training", soft_wrap=True)
+    pictures = f"{folder / 'previews'} and " if (folder / "previews").is_dir() else ""
+    console.print(
+        f"written to {folder}; before training, look at {pictures}`python -m data_builders inspect {folder}`",
+        soft_wrap=True,
+        markup=False,
+    )
     return 0
 
 

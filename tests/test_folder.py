@@ -385,6 +385,8 @@ def test_ids_are_hashed_unless_told_otherwise(source, tmp_path, capsys):
     assert main(["folder", "--out", str(tmp_path / "out"), *map(str, [*source, *arguments])]) == 0
     out = capsys.readouterr().out
     assert "2 files and folders in --volumes belong to no row of r.csv" in " ".join(out.split())
+    told = f"before training, look at `python -m data_builders inspect {tmp_path / 'out'}`"
+    assert told in out, "no picture was drawn"
     for path in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
         out += path.read_bytes().decode("latin-1")
     for name in ("p_1", "p_2", "p_3", "p_10", "gone_9", "Doe"):
