@@ -199,6 +199,9 @@ def scrub(text: str, case: Case, own: Mapping[str, str] | None = None, known: Ma
         own: Source ids of this case -> their pseudonyms.
         known: Source ids of all cases -> their pseudonyms, for those in quotes.
     """
+    known = known or {}
+    # First, or the part of another case's id that is an id of this one would be taken out of it.
+    text = _QUOTED.sub(lambda match: _quoted(match, known) if (match[1] or match[2]) in known else match[0], text)
     names = {name: case.recon_id for place in (case.volume, case.mask) for name in _names_of(place)} | dict(own or {})
     names = {name: new for name, new in names.items() if name.lower() not in PLAIN_NAMES}
     # "12" may count slices, and "a" be an article: they are ids only where they stand as ids.
@@ -209,7 +212,7 @@ def scrub(text: str, case: Case, own: Mapping[str, str] | None = None, known: Ma
     if patterns:
         text = re.sub("|".join(patterns), lambda match: names[match[0]], text)
     text = _UNQUOTED.sub(r"\1", text)
-    text = _QUOTED.sub(lambda match: _quoted(match, known or {}), text)
+    text = _QUOTED.sub(lambda match: _quoted(match, known), text)
     text = _PLACE.sub("...", text)
     text = _FILE.sub(lambda match: _file_name(match[0]), text)
     return without_dates(text)

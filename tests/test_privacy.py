@@ -227,6 +227,17 @@ def test_a_short_number_is_an_id_only_where_it_stands_as_one():
     assert hashed.skip_reason == f"{new}: the volume has 12 slices, '{new}' is its id"
 
 
+def test_another_case_in_quotes_is_named_by_its_pseudonym():
+    """Also where its id begins with an id of this one: a reconstruction begins with its scan."""
+    reason = "another reconstruction of this scan, 'train_1_a_1', comes first"
+    cases = [
+        case("train_1_a_1", "train_1", "train_1_a"),
+        case("train_1_a_2", "train_1", "train_1_a", skip_reason=reason),
+    ]
+    first, second = pseudonymise(cases, SALT)
+    assert second.skip_reason == f"another reconstruction of this scan, '{first.recon_id}', comes first"
+
+
 def test_a_reason_without_names_stays_as_it_is(tmp_path):
     mask = tmp_path / "mask"
     mask.mkdir()
