@@ -10,7 +10,7 @@ asks scikit-learn for the same ten metrics at a threshold that is given to it, f
 folds, no micro average. It is timed on --baseline_resamples resamples of all findings and multiplied.
 
 Compared are the ten metrics of every finding in those resamples, at the thresholds that ours chose, and the ends of the
-intervals of AUC with those of resamples drawn alike.
+intervals of average precision with the percentiles of resamples drawn alike.
 """
 
 import argparse
@@ -104,8 +104,8 @@ def compare(num_patients: int, num_findings: int, num_bootstraps: int, baseline_
     weights = draw_patients(num_patients, num_bootstraps, SEED)
     few = weights[: min(baseline_resamples, num_bootstraps)]
     ours, theirs = (torch.from_numpy(way(findings, few)) for way in (weighted_resamples, copied_resamples))
-    drawn = weighted_resamples(findings[:1], weights)[:, 0, METRICS.index("auc")]
-    ends = result["per_finding"]["finding 0"]["auc"]
+    drawn = weighted_resamples(findings[:1], weights)[:, 0, METRICS.index("average_precision")]
+    ends = result["per_finding"]["finding 0"]["average_precision"]
     interval = torch.tensor([ends["low"], ends["high"]], dtype=torch.float64)
     expected = torch.from_numpy(np.quantile(drawn, [0.025, 0.975]))
     difference = relative_difference([*ours.unbind(-1), interval], [*theirs.unbind(-1), expected])
