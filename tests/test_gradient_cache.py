@@ -116,7 +116,9 @@ def whole_graph(trainer, batches, contrast_number: int) -> tuple[float, dict[str
     fixed = {name: torch.cat(parts) for name, parts in zip(names, zip(*fixed))}
     loss = trainer.objective(live, fixed, model.temperature(), step=0, progress=0.0).loss
     loss.backward()
-    return float(loss.detach()), {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    return float(loss.detach()), {
+        name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad
+    }
 
 
 def cached_step(trainer, batches, contrast_number: int) -> tuple[float, dict[str, torch.Tensor]]:
