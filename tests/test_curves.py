@@ -447,6 +447,14 @@ def test_the_table_of_a_run_of_few_epochs_is_that_of_its_log_lines(count, number
     assert lung.last == pytest.approx(2.0 - 0.01 * np.mean(range(count - number + 1, count + 1)))
 
 
+def test_a_line_of_many_batches_weighs_more_than_the_first_of_one():
+    rows = [OrganLossRow(step, 0.1, "lung", loss, 2.0, 1.0, 0.5, batches=count)
+            for step, loss, count in ((1, 4.0, 1), (20, 1.0, 19), (40, 1.5, 20), (41, 3.5, 1))]  # fmt: skip
+    (lung,), name = progress(rows)
+    assert name == "2 log lines"
+    assert (lung.first, lung.last) == pytest.approx(((4.0 + 19 * 1.0) / 20, (20 * 1.5 + 3.5) / 21))
+
+
 def test_a_folder_without_losses_is_named(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert "holds no organ_losses.csv" in capsys.readouterr().err

@@ -126,7 +126,11 @@ def progress(rows: Sequence[OrganLossRow], evaluated: Sequence[OrganLossRow] = (
 
 def _mean(rows: Sequence[OrganLossRow], name: str) -> float:
     """Mean of a column over the batches in which the organ was active."""
-    values = [(getattr(row, name), row.active) for row in rows if row.active and not math.isnan(getattr(row, name))]
+    values = [
+        (getattr(row, name), row.active * (1 if math.isnan(row.batches) else row.batches))  # older tables lack batches
+        for row in rows
+        if row.active and not math.isnan(getattr(row, name))
+    ]
     return sum(value * weight for value, weight in values) / sum(weight for _, weight in values) if values else math.nan
 
 
