@@ -54,6 +54,7 @@ def test_a_run_that_does_not_learn_fails_with_the_likely_cause(work, caplog):
 def test_what_makes_it_harder_is_set_aside(work):
     words = ["--flip_axes", "depth", "--gradient_accumulation_steps", "4", "--organ_label_smoothing", "0.1"]
     words += ["--organ_sampling", "balanced", "--curriculum", "frequency", "--push_to_hub", "--eval_tasks", "synthetic"]
+    words += ["--logging_strategy", "no"]
     settings = parse_settings(command(work, "parsed", *words), "help")
     data, args = settings.data, settings.training
     assert (data.max_train_rows, data.random_crop, data.flip_axes, data.eval_tasks) == (6, False, [], [])
@@ -64,7 +65,7 @@ def test_what_makes_it_harder_is_set_aside(work):
         "no",
     )
     assert (args.organ_label_smoothing, args.organ_sampling, args.curriculum) == ([], "uniform", "none")
-    assert not args.push_to_hub and args.logging_steps <= 10
+    assert not args.push_to_hub and args.logging_steps <= 10 and args.logging_strategy == "steps"
     with pytest.raises(SettingsError, match="--overfit 1 contrasts a patient with nobody"):
         parse_settings(command(work, "parsed", "--overfit", "1"), "help")
 

@@ -30,7 +30,7 @@ LOG_EVERY = 10  # steps at most: it stops at a log line
 TRAINING_SETTINGS = {
     **{"gradient_accumulation_steps": 1, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False},
     **{"push_to_hub": False, "alarm_steps": 0, "organ_label_smoothing": [], "organ_token_dropout": []},
-    **{"organ_sampling": "uniform", "curriculum": "none", "lora_dropout": 0.0},
+    **{"logging_strategy": "steps", "organ_sampling": "uniform", "curriculum": "none", "lora_dropout": 0.0},
 }
 DATA_SETTINGS = {"random_crop": False, "flip_axes": [], "eval_tasks": []}
 
