@@ -481,7 +481,7 @@ def _loss_table(
     organs: Sequence[str], train_rows: dict[str, OrganLossRow], eval_rows: dict[str, OrganLossRow]
 ) -> list[str]:
     if not train_rows:
-        return ["No log line was written: fewer steps than `logging_steps`."]
+        return ["No log line was written (`--logging_strategy no`), or no organ ever entered the loss."]
     has_retrieval = any(math.isfinite(row.retrieval) for row in eval_rows.values())
     text = [
         "Contrastive loss in nats (training: mean of the last five log lines), for each organ. Chance is ln(patients "
