@@ -84,7 +84,7 @@ from evaluation_fvlm.results import (
     write_results,
 )
 from evaluation_fvlm.retrieval import nearest_texts, retrieve
-from evaluation_fvlm.split import LEVELS, check_split_matches, choose_scans, open_split, read_manifest
+from evaluation_fvlm.split import BEYOND_LIMIT, LEVELS, check_split_matches, choose_scans, open_split, read_manifest
 from evaluation_fvlm.tasks import Task, available_tasks, check_task_organs, load_task
 from evaluation_fvlm.thresholds import SOURCES
 from evaluation_fvlm.windows import WindowRule
@@ -416,8 +416,6 @@ def protocol_warnings(args: argparse.Namespace, settings: dict) -> list[str]:
         settings: How the split was built, from its manifest.
     """
     warnings = []
-    if args.limit is not None:
-        warnings.append(f"{PARTIAL}: at most the first {args.limit} rows (--limit), a look, no result.")
     if args.level == "reconstruction" and holds_first_alone(settings):
         warnings.append(
             "--level reconstruction, but the split was built with the first reconstruction of every scan alone. For "
@@ -453,11 +451,14 @@ def open_data(args: argparse.Namespace, manifest: dict) -> Data:
     Raises:
         EvaluationError: If there is no such split, or it shares patients with the development split.
     """
-    warnings = protocol_warnings(args, manifest["settings"])
-    for warning in warnings:  # before the long part, and with --quiet too
-        print(f"WARNING: {warning}", file=sys.stderr)
     rows = open_split(args.data, args.split, args.data_revision)
     dataset, dropped = choose_scans(rows, args.level, duplicates=args.duplicates, limit=args.limit)
+    warnings = protocol_warnings(args, manifest["settings"])
+    if cut := int((dropped["reason"] == BEYOND_LIMIT).sum()):
+        told = f"{PARTIAL}: the first {len(dataset)} rows of {len(dataset) + cut} (--limit), a look, no result."
+        warnings.insert(0, told)
+    for warning in warnings:  # before the long part, and with --quiet too
+        print(f"WARNING: {warning}", file=sys.stderr)
     development = None
     if args.development_split is not None:
         rows = open_split(args.data, args.development_split, args.data_revision)
@@ -726,7 +727,8 @@ def run(args: argparse.Namespace) -> list[ModelRun]:
     paths = [path for one in runs for path in one.paths]
     comparisons = []
     if len(runs) > 1:
-        scored = [(name, one.scores, one.development) for name, one in zip(distinct_names(args.model), runs)]
+        named = zip(distinct_names(args.model, args.revision), runs)
+        scored = [(name, one.scores, one.development) for name, one in named]
         comparisons, path = compare_runs(scored, runs[0].figures, args.out)
         paths.append(path)
         for comparison in () if args.quiet else comparisons:

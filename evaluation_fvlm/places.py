@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 DIGITS = 16  # of a SHA-256
 
@@ -18,7 +18,9 @@ def place_name(place: str | Path) -> str:
     """A Hub id as it is, a path by its last part."""
     text = str(place)
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".") and not Path(text).exists()
-    return text if is_hub_id else os.path.basename(os.path.abspath(text))
+    if is_hub_id:
+        return text
+    return PureWindowsPath(text).name if "\\" in text else os.path.basename(os.path.abspath(text))
 
 
 def entry_name(entry: Mapping | str | None) -> str:
@@ -28,11 +30,19 @@ def entry_name(entry: Mapping | str | None) -> str:
     return place_name(entry) if entry else ""
 
 
-def distinct_names(places: Sequence[str]) -> list[str]:
-    """A name for each of several models; of those that share one the digest of their weights tells which."""
+def distinct_names(places: Sequence[str], revisions: Sequence[str | None]) -> list[str]:
+    """A name for each of several models; of those that share one the digest of their weights, or the revision on the
+    Hub, tells which.
+    """
     names = [place_name(place) for place in places]
-    digests = [weights_digest(place) if names.count(name) > 1 else None for name, place in zip(names, places)]
-    return [f"{name}, weights {digest}" if digest else name for name, digest in zip(names, digests)]
+    told = []
+    for name, place, revision in zip(names, places, revisions):
+        if names.count(name) > 1 and (digest := weights_digest(place)):
+            name += f", weights {digest}"
+        elif names.count(name) > 1 and revision:
+            name += f", revision {revision}"
+        told.append(name)
+    return told
 
 
 def weights_digest(model: str | Path) -> str | None:

@@ -129,7 +129,7 @@ def test_what_is_not_measured_is_named_case_by_case(workplace, tmp_path):
     }
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     of_limit, _ = metrics["protocol"]["warnings"]  # the other: too few patients for folds
-    assert "at most the first 4 rows (--limit)" in of_limit and of_limit in metrics["evaluation"]["warnings"]
+    assert "the first 4 rows of 5 (--limit)" in of_limit and of_limit in metrics["evaluation"]["warnings"]
     counted = {reason: sum(reason == one[2] for one in findings) for reason in ("organ absent from the mask",)}
     small_heart = metrics["per_finding"]["Small heart"]["excluded"].get("organ absent from the mask", 0)
     assert metrics["excluded"]["organ absent from the mask"] - small_heart == counted["organ absent from the mask"]

@@ -16,6 +16,7 @@ from evaluation_fvlm.places import distinct_names, entry_name, place_name, split
         ("./model", "model"),
         ("../model", "model"),
         ("plain", "plain"),
+        ("C:\\Users\\jane_doe\\model", "model"),  # of results that were made on another machine
     ],
 )
 def test_a_hub_id_stays_and_a_path_gives_its_last_part(place, name, tmp_path, monkeypatch):
@@ -43,7 +44,9 @@ def test_weights_are_known_again_wherever_they_lie(tmp_path):
     assert first == again != second == other
     assert first == hashlib.sha256(hashlib.sha256(b"1").digest()).hexdigest()[:16]
     assert weights_digest("owner/on-the-hub") is None
-    assert distinct_names(places[1:]) == [f"model, weights {again}", f"model, weights {second}", "other"]
+    named = distinct_names([*places[1:], "owner/one", "owner/one"], [None, None, None, "v1", "v2"])
+    assert named == [f"model, weights {again}", f"model, weights {second}", "other", *named[3:]]
+    assert named[3:] == ["owner/one, revision v1", "owner/one, revision v2"]
 
 
 def test_a_split_is_known_by_the_checksums_of_its_shards():
