@@ -82,6 +82,8 @@ DEVICE = re.compile(
 SIZE = re.compile(
     r"(\d+(?:[.,]\d+)?)\s?(?:x\s?(\d+(?:[.,]\d+)?)\s?)?(?:x\s?(\d+(?:[.,]\d+)?)\s?)?(mm|cm|millimet|centimet|hu\b)"
 )
+# What has one of these before the "or" is a statement of its own: "large effusion with atelectasis or consolidation".
+OF_ONE_ITEM = re.compile(rf"{OWN_PLACE.pattern}|{SIZE.pattern}|\b(?:with|right|left|bilateral|both)\b")
 MEASURE = re.compile(
     r"\b(?:measur|diamet|size|length|span|axis|dimension|thickness|calib|width|height|ratio|index|long)"
 )
@@ -253,7 +255,7 @@ class Assertions:
     def begins_anew(self, piece: Piece, has_verb: bool) -> bool:
         """Whether a piece behind a denied one is a statement of its own."""
         text = self.work[piece.start : piece.end].strip()
-        if ANEW.match(text) and not (ANEW_IN_OPEN_LIST.match(text) and self.goes_on_to_or(piece)):
+        if ANEW.match(text) and not (ANEW_IN_OPEN_LIST.match(text) and self.goes_on_to_or(piece, OF_ONE_ITEM)):
             return True
         if has_verb and self.has_verb(piece.start, piece.end):
             return True
@@ -284,13 +286,17 @@ class Assertions:
             and not self.goes_on_to_or(piece)
         )
 
-    def goes_on_to_or(self, piece: Piece) -> bool:
-        """Whether the list with this piece ends in "or": all of it is denied."""
+    def goes_on_to_or(self, piece: Piece, ending: re.Pattern | None = None) -> bool:
+        """Whether the list with this piece ends in "or", and nothing stands between that is `ending` it: all of it is
+        denied.
+        """
         number = self.piece_at(piece.start)
         while not self.pieces[number].is_firm and number + 1 < len(self.pieces):
             number += 1
         rest = self.work[piece.start : self.pieces[number].end]
-        return bool(CLOSES_LIST.search(NEXT_NEGATION.split(rest, maxsplit=1)[0]))
+        rest = NEXT_NEGATION.split(rest, maxsplit=1)[0]
+        closed = CLOSES_LIST.search(rest)
+        return closed is not None and (ending is None or not ending.search(rest, 0, closed.start()))
 
     def reach_back(self, match: re.Match) -> int:
         number = self.piece_at(match.start())

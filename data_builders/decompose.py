@@ -84,6 +84,8 @@ REGION = (
     r"^(?:ct (?:of )?)?(?:the )?(?:head|neck|head and neck|chest|thorax|(?:upper |lower )?abdomen|pelvis"
     r"|abdomen (?:and|&) pelvis|abdomen/pelvis|chest/abdomen/pelvis|whole body|skeleton|extracardiac)"
 )
+BELOW_HEAD = re.compile(r"chest|thorax|abdomen|pelvis|extracardiac", re.IGNORECASE)
+ORGANS_OF_THE_HEAD = frozenset(["brain", "face", "skull"])
 REGION_HEADING = re.compile(rf"{REGION}\s*:\s*(?=\S)", re.IGNORECASE)
 REGION_LINE = re.compile(rf"{REGION}\W*$", re.IGNORECASE)
 SUBJECT = re.compile(
@@ -601,6 +603,7 @@ class Context:
         self.heading: frozenset[str] | None = None
         self.said_with: dict[str, list[frozenset[str]]] = {}
         self.spoken_of: Counter[str] = Counter()  # organ -> sentences of the report that name it
+        self.is_below_head = False  # under "CHEST"
 
     def take_note(self, sentences: Sequence[Sentence]) -> None:
         """Count what the sentences of the report name, those to come as well."""
@@ -611,16 +614,17 @@ class Context:
         """Organs of a sentence that only weak terms name, by what the report is about."""
         if not self.spoken_of:
             return analysis.weak
-        if not analysis.in_context:
+        in_context = analysis.in_context - ORGANS_OF_THE_HEAD if self.is_below_head else analysis.in_context
+        if not in_context:
             return self.known_of(analysis)
-        either = (analysis.weak | analysis.in_context) & self.last
+        either = (analysis.weak | in_context) & self.last
         if either:
             return either
         most = max(self.spoken_of, key=lambda organ: (self.spoken_of[organ], organ))
-        if most in analysis.in_context:
+        if most in in_context:
             return frozenset([most])
         if analysis.weak and not any(organ in self.spoken_of for organ in analysis.weak):
-            return frozenset(organ for organ in analysis.in_context if organ in self.spoken_of) or analysis.weak
+            return frozenset(organ for organ in in_context if organ in self.spoken_of) or analysis.weak
         return analysis.weak
 
     def known_of(self, analysis: Analysis) -> frozenset[str]:
@@ -630,8 +634,12 @@ class Context:
         return frozenset().union(*known) if known and len(named) > 1 else analysis.weak
 
     def begin_section(self, sentences: Sequence[Sentence]) -> None:
-        self.last, self.heading = frozenset(), None
+        self.last, self.heading, self.is_below_head = frozenset(), None, False
         self.has_lines = sum(sentence.begins_line for sentence in sentences) > 1
+
+    def begin_region(self, name: str) -> None:
+        self.heading, self.last = None, frozenset()
+        self.is_below_head = BELOW_HEAD.search(name) is not None
 
     def place(self, sentence: Sentence) -> Placed | None:
         """The organs of the next sentence; None for a heading, which says nothing by itself."""
@@ -641,7 +649,7 @@ class Context:
         if self.is_heading_line(sentence):
             return None
         if (region := REGION_HEADING.match(text)) is not None:  # "ABDOMEN: the liver is normal"
-            self.heading, self.last = None, frozenset()
+            self.begin_region(region[0])
             body = text[region.end() :]
             if self.has_lines and sentence.begins_line:
                 text = body
@@ -677,7 +685,7 @@ class Context:
         if not is_alone and not (sentence.is_line and len(text.split()) <= 8 and len(text) <= MAX_HEADING):
             return False
         if REGION_LINE.match(text):  # what stands under "ABDOMEN" is of any organ there
-            self.heading, self.last = None, frozenset()
+            self.begin_region(text)
             return True
         named = self.analyse(text.rstrip(" :-–"))
         if self.says_finding(named) or not (is_alone or (named.mentions and self.names_only(named))):

@@ -32,12 +32,12 @@ MARKDOWN_HEADING = re.compile(r"(?m)^[ \t]*#{1,6}[ \t]+(.*?)[ \t]*#*$")
 ABBREVIATION = re.compile(
     r"(?:\b(?:dr|prof|mr|mrs|ms|st|vs|prev|approx|ca|cf|fig|figs|e\.?g|i\.?e|resp|incl|max|min|rt|lt|bilat|ant|post|sup|inf"
     r"|lat|med|art|lig|seg|segm|ser|im|img|avg|diam|resp|temp|a\.p|i\.v|p\.o|w\.?r\.?t|st\. ?p|z\. ?n|s\. ?p|dept|vol"
-    r"|susp|poss|prob|hx|h/o|r/o|c/w|w/o|inc|para|dd|ddx|cont|eval|(?<!segment )(?<!segments )(?<!stage )(?<!grade )"
-    r"(?<!type )(?<!class )(?<!level )(?<!zone )(?<!and )(?<!to )(?<!or )(?<!group )iv)"
+    r"|susp|poss|prob|hx|h/o|r/o|c/w|w/o|inc|para|dd|ddx|cont|eval"
+    r"|(?:after|with|without|no|via|by|heart|vessels|structures) iv)"  # not "segments II, IV."
     r"|\b(?:dr|prof)\.? [A-Z]|(?<=[A-Z]\. )[A-Z]|^[A-Z])\.$",
     re.IGNORECASE,
 )
-LONGEST_ABBREVIATION = 12  # characters, with what has to stand before it
+LONGEST_ABBREVIATION = 16  # characters, with what has to stand before it
 NUMBERED = re.compile(r"\b(?:no|nr|image|im|series|se|grade|type|stage|figure|fig|slice|level)\.$", re.IGNORECASE)
 WHOLE_WORD = re.compile(r"\b[a-z]{3,}(?:ed|al|ng|es|ion|um|ss|ht|ft|en|ly|us|as|ys|nd|nt|ts)[.?!]$")  # no abbreviation
 ORDINAL = re.compile(r"(?:^|[\s(])\d{1,2}\.$")

@@ -86,6 +86,12 @@ No ground glass, diffuse mosaic attenuation, large cysts, nor consolidation in t
 No lung nodule, mass in the upper lobes. | lung-
 No stones in the right kidney, left kidney or ureters. | kidney-
 No aneurysm, dissection of the abdominal aorta. | aorta-
+No embolism, large right effusion with atelectasis or consolidation. | lung+
+No effusion, diffuse hepatic steatosis, stones in the gallbladder or duct. | liver+ gallbladder+
+No effusion, multiple liver cysts of 3 cm or less. | liver+
+Post-treatment CT: the liver is normal. | liver-
+Post-treatment change of the liver. | liver+
+A duplex sonography of the normal liver is advised. | liver-
 The stomach, small and large bowel are not dilated. | stomach- colon-
 Resolution of the right and left lower lobe opacities. | lung-
 Spleen, pancreas and both kidneys have not changed and are normal. | spleen- pancreas- kidney-

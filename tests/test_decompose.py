@@ -131,6 +131,8 @@ def test_organs_of_a_sentence(sentence, expected):
         (["The lungs are clear.", "The brain is normal.", "Edema is seen."], ["lung", "brain", "brain"]),
         (["The lungs are clear.", "The liver is normal.", "Edema is seen."], ["lung", "liver", "lung"]),
         (["Aneurysm of the abdominal aorta.", "The sac measures 5 cm."], ["aorta", "aorta"]),
+        (["Head: the brain is normal.", "Chest: the parenchyma is normal."], ["brain", "lung"]),
+        (["Pleural sinuses are clear.", "The kidneys are normal.", "CVA tenderness."], ["lung", "kidney", ""]),
     ],
 )  # fmt: skip
 def test_what_a_report_is_about_tells_what_some_terms_mean(sentences, expected):

@@ -21,7 +21,10 @@ from data_builders.report_sentences import clean, find_sentences, report_sentenc
         ("Nodule of 23 mm (prev. 19 mm) in series no. 4, cf. Fig. 3.", 1),
         ("Bilat. effusions, ant. to the liver, approx. 4 mm.", 1),
         ("The vessels and the heart IV. It could not be evaluated.", 1),
+        ("Without IV. Contrast would tell more.", 1),
         ("Cyst in segment IV. The spleen is normal.", 2),
+        ("Cysts in segments II, IV. The spleen is normal.", 2),
+        ("Renal cyst, Bosniak III-IV. The spleen is normal.", 2),
         ("A nodule is seen; it is stable; no effusion.", 1),  # semicolons end clauses
         ("Emphysema in both lungs  Coronary calcification  Hiatal hernia", 3),  # a wide gap for a full stop
         ("Consolidation?Follow-up.", 1),
