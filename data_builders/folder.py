@@ -213,6 +213,7 @@ def run(args: argparse.Namespace) -> int:
     if reports is None and captions is None:
         check_texts(columns, table_path)
     check_caption_columns(columns, table_path, settings)
+    check_label_columns(columns, table_path, settings)
     if captions is not None and any(name.startswith("caption:") for name in columns):
         raise ValueError(f"{table_path.name} has columns caption:ORGAN beside {ready[0].name}; give captions once.")
 
@@ -235,6 +236,17 @@ def run(args: argparse.Namespace) -> int:
         with stopping_cleanly(args.segment_out):
             cases = segment.make_masks(cases, args)
     return build(cases, settings, args)
+
+
+def check_label_columns(columns: Sequence[str], table_path: Path, settings: Settings) -> None:
+    """Raise a ValueError where a column and a finding of --labels are one but for their case: a row would have both."""
+    findings = () if settings.finding_rules is None else settings.finding_rules.findings
+    by_rules = {finding.casefold(): finding for finding in findings}
+    for column in columns:
+        name = column.removeprefix("label:")
+        finding = by_rules.get(name.casefold(), name)
+        if column.startswith("label:") and finding != name:
+            raise ValueError(f"{table_path.name}: name the column {column!r} as --labels does: 'label:{finding}'.")
 
 
 def without_shared_volumes(cases: Sequence[Case], named: Container[str]) -> list[Case]:
@@ -502,7 +514,12 @@ def labels_of_report(report: Report, others: Container[str], settings: Settings)
     if report.labels is None:
         return ()
     values, findings = report.labels
-    return tuple((name, values.get(name, settings.unmentioned)) for name in findings if name not in others)
+    by_rules = () if settings.finding_rules is None else settings.finding_rules.findings  # they look into the report
+    return tuple(
+        (name, values.get(name, settings.unmentioned))
+        for name in findings
+        if name not in others and (name in values or name not in by_rules)
+    )
 
 
 def with_numberings_in_use(settings: Settings, cases: Sequence[Case]) -> Settings:

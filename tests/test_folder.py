@@ -178,6 +178,12 @@ def test_labels_by_the_words_of_the_report(source, tmp_path, unmentioned, value)
     assert build(tmp_path / "out", *source, "--reports", reports, "--validation_fraction", 0) == 2, "another setting"
 
 
+def test_a_column_that_labels_would_double_is_refused(source, tmp_path, capsys):
+    reports = write_csv(tmp_path / "r.csv", [{"id": "p_1", **REPORT_CELLS, "label:lung nodule": "0"}])
+    assert build(tmp_path / "out", *source, "--reports", reports, "--labels", "ct_rate_18") == 2
+    assert "name the column 'label:lung nodule' as --labels does: 'label:Lung nodule'" in capsys.readouterr().err
+
+
 def test_labels_of_a_json_are_taken_as_they_are(source, tmp_path, capsys):
     """As `decompose --labels` writes them, or as numbers; what is labelled anywhere is a column of every row."""
     said = {
@@ -192,7 +198,7 @@ def test_labels_of_a_json_are_taken_as_they_are(source, tmp_path, capsys):
     options = ["--labels", "ct_rate_18", "--unmentioned", "absent", "--validation_fraction", 0]
     assert build(tmp_path / "both", *source, "--reports", path, *options) == 0
     first, second = (values_of(rows_of(tmp_path / "both")[name]) for name in ("p_1", "p_2"))
-    assert (first["Lung nodule"], first["Gout"], first["Emphysema"], second["Lung nodule"]) == (-1, 0, 0, 0)
+    assert (first["Lung nodule"], first["Gout"], first["Emphysema"], second["Lung nodule"]) == (-1, 0, 0, 1)
     path.write_text(json.dumps({"p_1": {**REPORT_CELLS, "labels": {"Gout": "perhaps"}}}))
     assert build(tmp_path / "no", *source, "--reports", path) == 2
     assert "r.json, p_1: the label 'Gout' is 'perhaps', which is none of ['present'," in capsys.readouterr().err

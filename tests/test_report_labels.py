@@ -61,6 +61,8 @@ def test_every_finding_is_stated_denied_and_suspected_by_its_first_term(finding)
         ("Bilat pl eff, no consol, minor atx.",
          {"Pleural effusion": "present", "Consolidation": "absent", "Atelectasis": "present"}),
         ("Coronary calcium score is 0.", {"Coronary artery wall calcification": "absent"}),
+        ("Coronary calcium score: 0 in LAD, 120 in RCA.", {}),  # not absent
+        ("Zero calcium stones in the kidney.", {}),
         ("Coronary calcium score of 40.", {"Coronary artery wall calcification": "present"}),
         ("Heart size is at the upper limits of normal.", {"Cardiomegaly": "absent"}),
         ("The thoracic aorta is normal.", {}),
