@@ -32,6 +32,7 @@ from .decompose import split_sentences
 from .decompose_score import content_of
 from .decomposition_files import SECTIONS, organs_of, read_decompositions, sentences_of, with_texts
 from .folder_reports import TRUE_FALSE, read_sheet
+from .report_files import add_columns_argument
 from .shards import write_text
 from .summary import console
 
@@ -211,6 +212,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", type=Path, required=True, metavar="FILE", help="the split: JSON, JSON lines or a folder")
     help_text = "texts of the reports, where the split does not carry them: CSV or JSON with id, findings, impression"
     add("--reports", type=Path, metavar="FILE", help=help_text)
+    add_columns_argument(parser)
     add("--csv", type=Path, metavar="CSV", help="write this CSV to be corrected")
     add("--corrected", type=Path, metavar="CSV", help="read this corrected CSV; needs --out")
     add("--out", type=Path, metavar="JSON", help="where the corrected split is written")
@@ -223,7 +225,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give either --csv, to write a CSV, or --corrected with --out, to read one.")
     if (args.corrected is None) != (args.out is None):
         raise ValueError("--corrected and --out belong together: the corrected CSV, and the JSON to be written.")
-    entries = with_texts(read_decompositions(args.split), args.reports, args.split)
+    entries = with_texts(read_decompositions(args.split), args.reports, args.split, args.columns)
     _, organs = organs_of(entries, args.organs)
     if args.csv is not None:
         if args.csv.exists():

@@ -43,7 +43,7 @@ from .lexicon import Lexicon, load_lexicon
 from .llm_decompose import NOT_BY_MODEL
 from .llm_options import add_llm_arguments, check_llm_arguments, open_llm
 from .progress import stopping_cleanly
-from .report_files import Reports, TextReport, open_reports
+from .report_files import Reports, TextReport, add_columns_argument, open_reports
 from .report_labels import FindingRules, load_finding_rules
 from .shards import replace_durably
 from .summary import console
@@ -244,13 +244,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lexicon", default="english", help="Terms and cues: english, or a YAML file in its form (default: english)."
     )
-    parser.add_argument(
-        "--columns",
-        action="append",
-        default=[],
-        metavar="OURS=YOURS",
-        help="Name of a column where it is another: --columns findings=Befund. May be given several times.",
-    )
+    add_columns_argument(parser)
     parser.add_argument(
         "--workers",
         type=int,

@@ -97,8 +97,13 @@ def sentences_of(entry: Mapping, section: str, organ: str) -> list[str]:
     return entry["organs"].get(organ, {}).get(section, [])
 
 
-def with_texts(entries: Sequence[Mapping], reports: Path | None, source: Path) -> list[dict]:
+def with_texts(
+    entries: Sequence[Mapping], reports: Path | None, source: Path, columns: Sequence[str] = ()
+) -> list[dict]:
     """Entries that carry the texts of their reports, out of `reports` where they do not themselves.
+
+    Args:
+        columns: OURS=YOURS of `--columns`, for `reports`.
 
     Raises:
         ValueError: If a report has a text in neither.
@@ -107,7 +112,7 @@ def with_texts(entries: Sequence[Mapping], reports: Path | None, source: Path) -
     if reports is not None:
         text_of = {
             without_ending(report.id): {"findings": report.findings, "impression": report.impression}
-            for report in open_reports(reports)
+            for report in open_reports(reports, columns)
         }
     result = []
     for entry in entries:

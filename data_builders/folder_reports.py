@@ -149,7 +149,9 @@ def load_json(path: Path, option: str):
         return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
     except FileNotFoundError:
         raise ValueError(f"{option}: there is no file {path}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8 ({error}); save it as UTF-8.") from None
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path.name} is no JSON: {error}.") from None
 
 

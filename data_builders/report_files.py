@@ -6,6 +6,7 @@
 A CSV may be separated by commas, semicolons or tabs. What cannot be read is a ValueError that names file and line.
 """
 
+import argparse
 import csv
 import io
 import json
@@ -101,6 +102,8 @@ def rows_of_texts(folder: Path) -> Iterator[tuple[str, Entry]]:
             text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file.name} is not UTF-8 ({error}); save it as UTF-8.") from None
+        if "\0" in text[:8]:
+            raise ValueError(f"{file.name} is no text in UTF-8 but in UTF-16, it seems; save it as UTF-8.")
         yield file.name, {"id": file.stem, "findings": text}
 
 
@@ -115,7 +118,10 @@ def rows_of_json(path: Path) -> Iterator[tuple[str, Entry]]:
         content = [{"id": name, **entry} if isinstance(entry, dict) else entry for name, entry in content.items()]
     for number, entry in enumerate(content if isinstance(content, list) else [content]):
         if not isinstance(entry, dict):
-            raise ValueError(f"{path.name}: entry {number} is not of the form {JSON_FORM}.")
+            raise ValueError(
+                f"{path.name}: entry {number} is not of the form {JSON_FORM}; the file holds a list of such, or {{id: "
+                "such}."
+            )
         yield f"entry {number}", entry
 
 
@@ -179,6 +185,16 @@ def as_text(value: object, place: str, key: str) -> str:
     # Half a character, as "\\ud800" in JSON may leave, can be written into no file.
     value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return "" if value.strip().lower() in NOT_GIVEN else value
+
+
+def add_columns_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="OURS=YOURS",
+        help="Name of a column where it is another: --columns findings=Befund. May be given several times.",
+    )
 
 
 def open_reports(path: Path, columns: Sequence[str] = ()) -> Reports:

@@ -20,6 +20,7 @@ from jinja2 import Environment, StrictUndefined
 
 from .cases import counted
 from .decomposition_files import SECTIONS, organs_of, read_decompositions, sentences_of, with_texts
+from .report_files import add_columns_argument
 from .shards import write_text
 from .summary import console
 
@@ -255,6 +256,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", type=Path, required=True, metavar="FILE", help="the split: JSON, JSON lines or a folder")
     help_text = "texts of the reports, where the split does not carry them: CSV or JSON with id, findings, impression"
     add("--reports", type=Path, metavar="FILE", help=help_text)
+    add_columns_argument(parser)
     add("--page", type=Path, required=True, metavar="HTML", help="where the page is written")
     help_text = "organ set; default: the smallest of ours that holds all organs of the split"
     add("--organs", metavar="SET|FILE", help=help_text)
@@ -267,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--most {args.most} must be at least 1.")
     entries = read_decompositions(args.split)
     _, organs = organs_of(entries, args.organs)
-    shown = with_texts(entries[: args.most], args.reports, args.split)
+    shown = with_texts(entries[: args.most], args.reports, args.split, args.columns)
     write_text(args.page, report_page(args.split.name, shown, organs, len(entries)))
     console.print(f"{args.page}: {len(shown):,} of {counted(len(entries), 'report')}", markup=False, soft_wrap=True)
     return 0

@@ -58,6 +58,9 @@ def test_a_folder_of_text_files(tmp_path):
     (tmp_path / "c.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="c.txt is not UTF-8"):
         list(open_reports(tmp_path))
+    (tmp_path / "c.txt").write_bytes("Aorta.".encode("utf-16-le"))
+    with pytest.raises(ValueError, match="c.txt is no text in UTF-8 but in UTF-16"):
+        list(open_reports(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no .txt"):
         open_reports(tmp_path / "empty")
@@ -78,6 +81,8 @@ def test_a_folder_of_text_files(tmp_path):
         ("a.jsonl", '{"id": 1, "findings": "x"}\n[1]\n', "line 2 is not of the form"),
         ("a.jsonl", '{"id": 1, "a": ' + "[" * 100_000, "line 1 is not of the form"),
         ("a.json", "[" * 100_000, "a.json is no JSON"),
+        ("a.json", b'[{"id": 1, "findings": "\xe9"}]', "a.json is not UTF-8.*save it as UTF-8"),
+        ("a.json", '{"id": "1", "findings": "x"}', "the file holds a list of such"),
         ("a.json", '[{"id": 1, "Befund": "x"}]', "no column findings or impression"),
         ("a.json", '{"a": {"findings": "x"}, "a": {"findings": "y"}}', "'a' comes twice"),
         ("a.jsonl", '{"id": 1, "findings": "x"}\n{"id": "1", "findings": "y"}\n', "line 2: the id '1' comes twice"),

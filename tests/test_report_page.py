@@ -145,7 +145,13 @@ def test_texts_may_come_from_a_table(tmp_path, gold):
     (tmp_path / "reports.csv").write_text("\n".join(lines))
     files = ["--split", str(tmp_path / "split.json"), "--page", str(tmp_path / "page.html"), "--organs", "body_24"]
     assert main(["report-page", *files]) == 2
+    lines[0] = "id;Befund;impression"
+    (tmp_path / "theirs.csv").write_text("\n".join(lines))
+    theirs = ["--reports", str(tmp_path / "theirs.csv"), "--columns", "findings=Befund"]
+    assert main(["report-page", *files, *theirs]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert main(["report-page", *files, "--reports", str(tmp_path / "reports.csv")]) == 0
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
     assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<sup>") > 10
 
 
