@@ -86,6 +86,8 @@ ABSENT = {
     "excluded": "not scored, counted",
     "zero": "counted as 0 (as published): a sure no",
 }
+INTERVALS = "of AUCs by Student's t on the logit scale, of other figures between percentiles"
+INTERVALS_OF_DIFFERENCES = "of all differences between percentiles, but for DeLong's own"
 PARTIAL = "ONLY A PART WAS MEASURED"  # begins the warnings that a command says again on stderr when it ends
 CURVE_POINTS = 101
 NAMED_CASES = 20  # per finding and reason; scores.csv has them all
@@ -145,7 +147,7 @@ class Protocol:
         """The protocol of the published CT-RATE figures, its faults included (published_metrics.py)."""
         return replace(cls(level="reconstruction", threshold="test_labels", absent="zero"), **changes)
 
-    def described(self) -> dict:
+    def described(self, intervals: str = INTERVALS) -> dict:
         """The settings, and what they mean in words."""
         is_fixed = not isinstance(self.threshold, str)
         words = {
@@ -155,7 +157,7 @@ class Protocol:
             "absent_organs": ABSENT[self.absent],
             "duplicates": DUPLICATES[self.duplicates],
             "intervals": f"{LEVEL:.0%} over {self.num_bootstraps} resamples of patients, thresholds held as chosen: "
-            "of AUCs by Student's t on the logit scale, of other figures between percentiles"
+            f"{intervals}"
             if self.num_bootstraps
             else "none",
             "f1": "of the finding itself; weighted_f1 averages over presence and absence by their size",
@@ -322,8 +324,8 @@ def compare_frames(
         "per_finding": per_finding,
         **_counts(runs[0]),
         **exclusions,
-        "warnings": list(dict.fromkeys(warning for run in runs for warning in _warnings(run))),
-        "protocol": protocol.described()
+        "warnings": list(dict.fromkeys(warning for run in runs for warning in _warnings(run, of_differences=True))),
+        "protocol": protocol.described(INTERVALS_OF_DIFFERENCES)
         | {"difference": "b - a", "delong": "per finding, scans of a patient together; p_holm over findings"},
     }
 
@@ -724,7 +726,7 @@ def _exclusions(evaluation: Evaluation) -> dict:
     return {"excluded": excluded, "dropped_cases": dropped}
 
 
-def _warnings(evaluation: Evaluation) -> list[str]:
+def _warnings(evaluation: Evaluation, of_differences: bool = False) -> list[str]:
     measured, protocol = evaluation.measured, evaluation.protocol
 
     def named(holds: Callable[[FindingCases], bool]) -> str:
@@ -747,8 +749,9 @@ def _warnings(evaluation: Evaluation) -> list[str]:
         warnings.append(f"all scores are equal, so an AUC of 0.5 says nothing: {constant}.")
     if perfect := named(lambda c: c.scores[c.labels == 1].min() > c.scores[c.labels == 0].max()):
         warnings.append(
-            "perfectly separated, so resampling shows no spread, and intervals are too narrow but for that of the AUC, "
-            f"which is the bound for so few patients: {perfect}."
+            "perfectly separated, so resampling shows no spread, and intervals are too narrow"
+            + ("" if of_differences else " but for that of the AUC, which is the bound for so few patients")
+            + f": {perfect}."
         )
     if silent := named(lambda c: c.thresholds is not None and not c.is_called.any()):
         warnings.append(f"nothing is called present at the threshold, precision is set to 0: {silent}.")

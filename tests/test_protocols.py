@@ -430,6 +430,11 @@ def test_only_cases_that_both_scored_are_compared():
     second.loc[second.index[5], "label"] = np.nan  # known from the other run
     result = compare_frames(first, second, Protocol(level="reconstruction", threshold=0.5, **QUICK))
     assert result["excluded"] == {NO_SCORE: 1, "case and finding of run a alone": 3}
+    perfect = [run.assign(score=0.1 + 0.8 * run["label"].fillna(0)) for run in (first, first)]
+    same = compare_frames(*perfect, Protocol(threshold=0.5, **QUICK))
+    # Of differences all intervals are between percentiles, and those of perfect separation all too narrow.
+    assert "AUCs by Student" not in same["protocol"]["in_words"]["intervals"]
+    assert any("intervals are too narrow: " in warning for warning in same["warnings"])
     same = compare_frames(first, first, Protocol(threshold=0.5, **QUICK))
     assert same["macro_auc_difference"] == 0 and same["macro"]["auc"]["difference"]["p"] == 1.0
     assert same["per_finding"]["Nodule"]["delong"]["p"] is None
