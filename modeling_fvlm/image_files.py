@@ -37,7 +37,8 @@ MAX_DEFLATE_RATIO = 1032
 # So much may stand before the first voxel (extensions of the header) and behind the last one.
 MAX_EXTRA_BYTES = 1 << 24
 MAX_TEXT_HEADER_BYTES = 1 << 20
-NRRD_SPACES = ("left-posterior-superior", "lps", "right-anterior-superior", "ras", "left-anterior-superior", "las")
+LAS_SPACES = ("left-anterior-superior", "las")
+NRRD_SPACES = ("left-posterior-superior", "lps", "right-anterior-superior", "ras", *LAS_SPACES)
 DEFLATE_ENCODINGS, RAW_ENCODINGS = ("gzip", "gz"), ("raw",)
 FETCH_AGAIN = "Fetch the file again."
 
@@ -388,7 +389,12 @@ def _open_itk(path: Path, kind: str, needs_orientation: bool):
     is_deflated = encoding in DEFLATE_ENCODINGS
     stored_bytes = voxels.stat().st_size if is_deflated or encoding in RAW_ENCODINGS else None
     check_size(path, reader.GetSize(), dtype, stored_bytes, is_deflated)
-    return reader, _itk_affine(path, reader) if needs_orientation else None
+    if not needs_orientation:
+        return reader, None
+    affine = _itk_affine(path, reader)
+    if kind == "nrrd" and header["space"].lower() in LAS_SPACES and len(reader.GetSize()) > 2:
+        affine = _las_affine(path, header)
+    return reader, affine
 
 
 def _simple_itk(path: Path):
@@ -412,6 +418,22 @@ def _itk_affine(path: Path, reader) -> np.ndarray:
     affine[:3, :3] = np.reshape(reader.GetDirection(), (num_axes, num_axes))[:3, :3] * spacing
     affine[:3, 3] = origin
     affine[:2] *= -1
+    return affine
+
+
+def _las_affine(path: Path, header: dict[str, str]) -> np.ndarray:
+    """Array indices to mm in RAS+ of an NRRD in LAS, by its header: SimpleITK up to 2.5.3 takes it for RPS."""
+    try:
+        columns = re.findall(r"\([^()]*\)|none", header["space directions"])[:3]
+        columns.append(header.get("space origin", "(0,0,0)"))
+        affine = np.eye(4)
+        affine[:3] = np.transpose([[float(number) for number in column.strip("() ").split(",")] for column in columns])
+    except ValueError as error:
+        raise BadVolumeError(
+            f"{path}: 'space directions' {header['space directions']!r} and 'space origin' "
+            f"{header.get('space origin')!r} are not three numbers for each of three axes; repair the header."
+        ) from error
+    affine[0] *= -1
     return affine
 
 

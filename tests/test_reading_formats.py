@@ -110,6 +110,7 @@ def nrrd(path, array, *lines, encoding="raw", content=None):
         ("right-anterior-superior", (1, 1)),
         ("RAS", (1, 1)),
         ("left-anterior-superior", (-1, 1)),
+        ("LAS", (-1, 1)),
     ],
 )
 def test_every_space_of_an_nrrd_that_is_known(tmp_path, hu, expected, space, signs):
@@ -125,6 +126,13 @@ def test_every_space_of_an_nrrd_that_is_known(tmp_path, hu, expected, space, sig
         encoding="gzip",
     )
     check_equal(read_volume(path), expected)
+
+
+@pytest.mark.parametrize("directions", ["none (0,2,0) (0,0,3)", "(1,0) (0,2,0) (0,0,3)", "(1,0,x) (0,2,0) (0,0,3)"])
+def test_an_nrrd_in_las_whose_directions_are_no_numbers_is_refused(tmp_path, hu, directions):
+    path = nrrd(tmp_path / "ct.nrrd", hu, "space: LAS", f"space directions: {directions}")
+    with pytest.raises(BadVolumeError):
+        read_volume(path)
 
 
 @pytest.mark.parametrize(
