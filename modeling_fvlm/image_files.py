@@ -422,7 +422,7 @@ def _itk_affine(path: Path, reader) -> np.ndarray:
 
 
 def _las_affine(path: Path, header: dict[str, str]) -> np.ndarray:
-    """Array indices to mm in RAS+ of an NRRD in LAS, by its header: SimpleITK up to 2.5.3 takes it for RPS."""
+    """Array indices to mm in RAS+ of an NRRD in LAS, by its header: SimpleITK up to 2.5.5 takes it for RPS."""
     try:
         columns = re.findall(r"\([^()]*\)|none", header["space directions"])[:3]
         columns.append(header.get("space origin", "(0,0,0)"))
