@@ -9,13 +9,14 @@ An interval is that between the 2.5th and the 97.5th percentile of the resamples
 
 (1) the resamples give the standard error, which is carried to the logit scale: divided by AUC (1 - AUC) (Pepe 2003,
     chapter 5);
-(2) Student's t has one degree of freedom less than the class that fewer patients have has patients; for a mean over
-    findings those of the findings are joined by Satterthwaite's rule (1946);
-(3) where all positives score above all negatives no resample differs. With m patients in the rarer class there are m
-    pairs of a positive and a negative that share no patient; all are in the right order with a probability of
-    AUC ** m. The lower end is where that is 2.5 %.
+(2) Student's t has one degree of freedom less than the class that fewer patients have has patients. For a mean over
+    findings those of the findings are joined by Satterthwaite's rule (1946), a patient of several findings being one:
+    findings of the same patients have no more degrees of freedom than one of them;
+(3) where all positives score above all negatives no resample differs. With m patients in the rarer class, and none in
+    both, there are m pairs of a positive and a negative that share no patient; all are in the right order with a
+    probability of AUC ** m. The lower end is where that is 2.5 %.
 
-Coverage of both is measured by simulation: tests/test_bootstrap.py, and a table in docs/evaluation.md.
+Coverage of both is measured by simulation: benchmarks/coverage.py makes the table of docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ def percentile_interval(resamples: np.ndarray) -> tuple[float, float] | tuple[No
 
 
 def auc_interval(
-    value: float, resamples: Sequence[np.ndarray], patients: Sequence[int]
+    value: float, resamples: Sequence[np.ndarray], rarer: Sequence[np.ndarray]
 ) -> tuple[float, float] | tuple[None, None]:
     """The 95 % interval of an AUC, or of the mean of the AUCs of several findings.
 
     Args:
         value: The AUC, or the mean.
         resamples: Of every finding, `(num_bootstraps,)`; at least one.
-        patients: Of every finding, how many patients the class has that fewer have.
+        rarer: Of every finding, the patients of the class that fewer have, each once.
 
     Returns:
         Lower and upper end, or None twice where a class of every finding comes from one patient alone, or fewer than
@@ -67,17 +68,30 @@ def auc_interval(
     """
     means = mean_over(list(resamples))
     known = means[np.isfinite(means)]
-    if max(patients) < 2 or len(known) < 2 or 2 * len(known) < len(means):
+    sizes = np.array([len(patients) for patients in rarer])
+    if max(sizes) < 2 or len(known) < 2 or 2 * len(known) < len(means):
         return None, None
     if value in (0, 1):  # (3)
-        reach = float(np.mean(TAIL ** (1 / np.array(patients))))
+        reach = float(np.mean(TAIL ** (1 / sizes)))
         return (reach, 1.0) if value == 1 else (0.0, 1 - reach)
     finite = [one[np.isfinite(one)] for one in resamples]
     variances = np.array([one.var(ddof=1) if len(one) > 1 else 0.0 for one in finite])
-    parts = variances**2 / np.maximum(np.array(patients) - 1, 1)  # one patient among several findings counts as two
-    freedom = variances.sum() ** 2 / parts.sum() if parts.any() else np.inf
+    freedom = degrees_of_freedom(variances, rarer)
     reach = student.ppf(1 - TAIL, freedom) * known.std(ddof=1) / (value * (1 - value))  # (1), (2)
     return float(expit(logit(value) - reach)), float(expit(logit(value) + reach))
+
+
+def degrees_of_freedom(variances: np.ndarray, rarer: Sequence[np.ndarray]) -> float:
+    """Those of the mean of figures with these variances: m - 1 of one alone, and of several of the same m patients.
+
+    Args:
+        variances: Of every finding.
+        rarer: As of `auc_interval`. One patient among several findings counts as two.
+    """
+    sizes = np.array([len(patients) for patients in rarer])
+    _, place = np.unique(np.concatenate(list(rarer)), return_inverse=True)
+    by_patient = np.bincount(place, np.repeat(variances / np.sqrt(sizes * np.maximum(sizes - 1, 1)), sizes))
+    return variances.sum() ** 2 / (by_patient**2).sum() if variances.any() else np.inf
 
 
 def figure(value: float | None, resamples: np.ndarray | None = None) -> dict[str, float | None]:
@@ -89,12 +103,12 @@ def figure(value: float | None, resamples: np.ndarray | None = None) -> dict[str
 
 
 def auc_figure(
-    value: float | None, resamples: Sequence[np.ndarray], patients: Sequence[int]
+    value: float | None, resamples: Sequence[np.ndarray], rarer: Sequence[np.ndarray]
 ) -> dict[str, float | None]:
     """`figure` of an AUC, or of the mean of several; arguments as of `auc_interval`, no resamples: no interval."""
     if value is None or not resamples:
         return figure(value)
-    low, high = auc_interval(value, resamples, patients)
+    low, high = auc_interval(value, resamples, rarer)
     return {"value": float(value), "low": low, "high": high}
 
 

@@ -197,13 +197,13 @@ class FindingCases:
         return int(self.labels.sum())
 
     @property
-    def rarer_patients(self) -> int:
-        """How many patients the class has that fewer have."""
+    def rarer_patients(self) -> np.ndarray:
+        """The patients of the class that fewer have, each once."""
         return rarer_patients(self.patients, self.labels)
 
 
-def rarer_patients(patients: np.ndarray, labels: np.ndarray) -> int:
-    return min(len(np.unique(patients[labels == label])) for label in (0, 1))
+def rarer_patients(patients: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return min((np.unique(patients[labels == label]) for label in (1, 0)), key=len)
 
 
 @dataclass
@@ -575,7 +575,7 @@ def _mean_resamples(name: str, findings: Sequence[str], resamples: dict) -> np.n
     return mean_over(known) if known else None
 
 
-def _mean_figure(name: str, findings: Sequence[str], values: dict, resamples: dict, rarer: dict[str, int]) -> dict:
+def _mean_figure(name: str, findings: Sequence[str], values: dict, resamples: dict, rarer: dict) -> dict:
     value = _mean_value(name, findings, values)
     if name == "auc":
         known = [finding for finding in findings if finding in resamples]

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 from scipy.stats import t as student
-from sklearn.metrics import roc_auc_score
 
+from benchmarks.coverage import coverage, main
 from evaluation_fvlm.binary_metrics import Ranking
 from evaluation_fvlm.bootstrap import (
     auc_figure,
     auc_interval,
+    degrees_of_freedom,
     draw_patients,
     figure,
     mean_over,
@@ -57,31 +58,6 @@ def test_mean_over_findings_leaves_out_what_was_not_drawn():
     assert mean_over([first, second]).tolist() == pytest.approx([0.6, 0.9, np.nan], nan_ok=True)
 
 
-def coverage(num_simulations, num_patients, scans_per_patient, auc, num_bootstraps, seed, prevalence=0.3):
-    """Share of 95 % intervals that hold the true AUC of a binormal finding, scans of a patient being correlated.
-
-    Of `auc_interval`, and of the interval between percentiles.
-    """
-    rng = np.random.default_rng(seed)
-    distance = np.sqrt(2) * norm.ppf(auc)
-    patients = np.repeat(np.arange(num_patients), scans_per_patient)
-    weights = draw_patients(num_patients, num_bootstraps, seed)
-    inside = np.zeros(2)
-    for _ in range(num_simulations):
-        is_positive = np.zeros(num_patients, bool)
-        while not 2 <= is_positive.sum() <= num_patients - 2:
-            is_positive = rng.random(num_patients) < prevalence
-        labels = np.repeat(is_positive.astype(int), scans_per_patient)
-        # Three quarters of the variance lie between patients.
-        noise = np.sqrt(0.75) * rng.normal(size=num_patients)[patients] + 0.5 * rng.normal(size=len(patients))
-        scores = noise + distance * labels
-        drawn = Ranking(scores, labels, patients).resampled(weights)["auc"]
-        rarer = min(is_positive.sum(), num_patients - is_positive.sum())
-        ends = (auc_interval(roc_auc_score(labels, scores), [drawn], [rarer]), percentile_interval(drawn))
-        inside += [low <= auc <= high for low, high in ends]
-    return inside / num_simulations
-
-
 @pytest.mark.parametrize("auc", [0.7, 0.85])
 def test_intervals_cover_a_known_auc(auc):
     """Standard error of the coverage: 1.1 %. Three of them around 95 %, and 1 % for the percentile interval's lag."""
@@ -98,29 +74,45 @@ def test_where_the_auc_is_high_and_positives_are_few_percentiles_do_not_cover():
 def test_the_interval_of_an_auc_in_closed_form():
     rng = np.random.default_rng(0)
     drawn = np.append(rng.normal(0.8, 0.05, 999), np.nan)
-    low, high = auc_interval(0.8, [drawn], [12])
+    low, high = auc_interval(0.8, [drawn], [np.arange(12)])
     reach = student.ppf(0.975, 11) * drawn[:999].std(ddof=1) / 0.16
     for end, sign in ((low, -1), (high, 1)):
         assert np.log(end / (1 - end)) == pytest.approx(np.log(4) + sign * reach)
     # Of a mean over findings: one of them alone, alike ones, and one whose spread is next to nothing.
-    assert auc_interval(0.8, [drawn, drawn], [12, 12])[0] > low, "twice the degrees of freedom"
+    others = 100 + np.arange(12)
+    assert auc_interval(0.8, [drawn, drawn], [np.arange(12), others])[0] > low, "twice the degrees of freedom"
+    assert auc_interval(0.8, [drawn, drawn], [np.arange(12), np.arange(12)])[0] == pytest.approx(low), (
+        "but of the same patients"
+    )
     still = np.append(np.full(999, 0.8) + 1e-9 * rng.normal(size=999), np.nan)
     halved = student.ppf(0.975, 11) * 0.5 * drawn[:999].std(ddof=1) / 0.16
-    end = auc_interval(0.8, [drawn, still], [12, 300])[1]
+    end = auc_interval(0.8, [drawn, still], [np.arange(12), 100 + np.arange(300)])[1]
     assert np.log(end / (1 - end)) == pytest.approx(np.log(4) + halved, rel=1e-5)
+
+
+def test_degrees_of_freedom_of_a_mean():
+    """Satterthwaite's rule where no patient has two findings; where all have all, those of one of them."""
+    variances, apart = np.array([1.0, 2.0, 0.5]), [np.arange(5), 10 + np.arange(9), 20 + np.arange(30)]
+    assert degrees_of_freedom(variances, apart) == pytest.approx(3.5**2 / (1 / 4 + 4 / 8 + 0.25 / 29))
+    assert degrees_of_freedom(variances, [np.arange(9)] * 3) == pytest.approx(8)
+    assert degrees_of_freedom(np.ones(2), [np.arange(10), 5 + np.arange(10)]) == pytest.approx(4 / (10 + 4 * 5) * 90)
+    assert degrees_of_freedom(np.zeros(2), apart[:2]) == np.inf
 
 
 def test_perfect_separation_has_the_interval_of_its_pairs():
     """Of m pairs of different patients all are right: 0.025 = AUC ** m at the lower end."""
     ones = [np.ones(100)]
-    assert auc_interval(1.0, ones, [30]) == (pytest.approx(0.025 ** (1 / 30)), 1.0)
-    assert auc_interval(0.0, ones, [30]) == (0.0, pytest.approx(1 - 0.025 ** (1 / 30)))
-    assert auc_interval(1.0, ones * 2, [30, 5])[0] == pytest.approx((0.025 ** (1 / 30) + 0.025 ** (1 / 5)) / 2)
-    assert auc_interval(1.0, ones, [1]) == auc_interval(0.7, ones, [1]) == (None, None), "one patient tells no spread"
+    assert auc_interval(1.0, ones, [np.arange(30)]) == (pytest.approx(0.025 ** (1 / 30)), 1.0)
+    assert auc_interval(0.0, ones, [np.arange(30)]) == (0.0, pytest.approx(1 - 0.025 ** (1 / 30)))
+    low, _ = auc_interval(1.0, ones * 2, [np.arange(30), np.arange(5)])
+    assert low == pytest.approx((0.025 ** (1 / 30) + 0.025 ** (1 / 5)) / 2)
+    one = [np.arange(1)]
+    assert auc_interval(1.0, ones, one) == auc_interval(0.7, ones, one) == (None, None), "one patient tells no spread"
     drawn = np.random.default_rng(0).normal(0.7, 0.05, 100)
-    assert auc_interval(0.7, [drawn, drawn], [1, 9])[1] < 1, "but a mean over findings has others"
-    assert auc_interval(0.7, [drawn, np.full(100, np.nan)], [9, 9]) == auc_interval(0.7, [drawn], [9])
-    assert auc_figure(None, ones, [3]) == figure(None) and auc_figure(0.7, [], []) == figure(0.7)
+    assert auc_interval(0.7, [drawn, drawn], [np.arange(1), np.arange(9)])[1] < 1, "but a mean over findings has others"
+    alone = auc_interval(0.7, [drawn], [np.arange(9)])
+    assert auc_interval(0.7, [drawn, np.full(100, np.nan)], [np.arange(9), np.arange(9)]) == alone
+    assert auc_figure(None, ones, [np.arange(3)]) == figure(None) and auc_figure(0.7, [], []) == figure(0.7)
 
 
 def test_resampling_scans_as_if_they_were_patients_would_not_cover():
@@ -135,6 +127,16 @@ def test_resampling_scans_as_if_they_were_patients_would_not_cover():
         low, high = percentile_interval(Ranking(noise + distance * labels, labels, scans).resampled(weights)["auc"])
         inside += low <= 0.7 <= high
     assert inside / 200 < 0.85
+
+
+def test_the_table_of_coverages(capsys):
+    assert main(["--patients", "12", "--shares", "0.5", "--aucs", "0.6", "0.8", "--simulations", "4"]) == 0
+    header, line, row = capsys.readouterr().out.splitlines()
+    assert header.endswith("| AUC 0.60 | AUC 0.80 |") and line == "| --- | --- | --- |"
+    ours, between_percentiles = coverage(4, 12, 2, 0.8, 1000, seed=17, prevalence=0.5)
+    assert row.startswith("| 12, 0.5 | ") and row.endswith(
+        f" | {100 * between_percentiles:.1f}, **{100 * ours:.1f}** |"
+    )
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@
 (3) Patients are drawn with replacement, all cases of one together; one draw serves every finding. The spread of the
     resamples that hold both classes is the standard error.
 (4) The interval is Student's t on the logit scale, its degrees of freedom those of the class that fewer patients have,
-    joined by Satterthwaite's rule for means. Where all positives score above all negatives no resample differs: then
-    the lower end is where m pairs of different patients, m being in the rarer class, are all right by 2.5 %.
+    joined by Satterthwaite's rule for means, a patient of several findings being one. Where all positives score above
+    all negatives no resample differs: then the lower end is where m pairs of different patients, m being in the rarer
+    class, are all right by 2.5 %.
 
 This file stands alone: it needs evaluate, datasets, numpy, scipy and scikit-learn, and nothing beside it.
 """
@@ -111,7 +112,7 @@ class OrganAUC(evaluate.Metric):
                 result["auc"] = float(roc_auc_score(counted[1], counted[0]))
                 if num_bootstraps:
                     resamples[finding] = _resampled_auc(*counted, weights)
-                    rarer[finding] = min(len(np.unique(counted[2][counted[1] == label])) for label in (0, 1))
+                    rarer[finding] = min((np.unique(counted[2][counted[1] == label]) for label in (1, 0)), key=len)
                     drawn = [resamples[finding]]
                     result["low"], result["high"] = _interval(result["auc"], drawn, [rarer[finding]])
             per_finding[finding] = result
@@ -185,7 +186,7 @@ def _resampled_auc(scores, labels, patients, weights):
     return np.concatenate(aucs)
 
 
-def _interval(value, resamples, patients):
+def _interval(value, resamples, rarer):
     """The 95 % interval of an AUC or a mean of several: `value`, resamples and patients of the rarer class of each.
 
     None twice where a class of each comes from one patient alone, or fewer than half of the resamples have a value.
@@ -193,16 +194,17 @@ def _interval(value, resamples, patients):
     is_known = np.isfinite(resamples)
     count = is_known.sum(axis=0)
     means = np.where(is_known, resamples, 0).sum(axis=0)[count > 0] / count[count > 0]
-    if max(patients) < 2 or len(means) < 2 or 2 * len(means) < len(count):
+    sizes = np.array([len(patients) for patients in rarer])
+    if max(sizes) < 2 or len(means) < 2 or 2 * len(means) < len(count):
         return None, None
-    patients = np.array(patients)
     if value in (0, 1):
-        reach = float(np.mean(0.025 ** (1 / patients)))
+        reach = float(np.mean(0.025 ** (1 / sizes)))
         return (reach, 1.0) if value == 1 else (0.0, 1 - reach)
     finite = [drawn[np.isfinite(drawn)] for drawn in resamples]
     variances = np.array([drawn.var(ddof=1) if len(drawn) > 1 else 0.0 for drawn in finite])
-    parts = variances**2 / np.maximum(patients - 1, 1)
-    freedom = variances.sum() ** 2 / parts.sum() if parts.any() else np.inf
+    _, place = np.unique(np.concatenate(rarer), return_inverse=True)
+    by_patient = np.bincount(place, np.repeat(variances / np.sqrt(sizes * np.maximum(sizes - 1, 1)), sizes))
+    freedom = variances.sum() ** 2 / (by_patient**2).sum() if variances.any() else np.inf
     reach = student.ppf(0.975, freedom) * means.std(ddof=1) / (value * (1 - value))
     return float(expit(logit(value) - reach)), float(expit(logit(value) + reach))
 
