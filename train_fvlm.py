@@ -33,6 +33,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -266,10 +267,11 @@ def end_overfit(trainer: FVLMTrainer, run: dict[str, Any], overfit: Overfit) -> 
     """The verdict of --overfit: a sentence, and the exit status."""
     is_learned, sentence = overfit.verdict()
     if trainer.is_world_process_zero():
-        run["overfit"] = {"is_learned": is_learned, "verdict": without_folders(sentence)}
+        run["overfit"] = {"is_learned": is_learned, "verdict": sentence}
         write_progress(trainer, run)
         draw_if_logged(trainer.args.output_dir)
-        logger.warning("%s", sentence)
+        look = f" Look at `python -m training_fvlm.curves {shlex.quote(trainer.args.output_dir)}`, organ by organ."
+        logger.warning("%s%s", sentence, "" if is_learned else look)
     trainer.end()
     return 0 if is_learned else 1
 

@@ -43,12 +43,12 @@ def test_patients_are_learned_by_heart_and_the_run_stops(work, caplog):
 
 
 def test_a_run_that_does_not_learn_fails_with_the_likely_cause(work, caplog):
-    assert train_fvlm.main(command(work, "still", "--learning_rate", "0", "--max_steps", "12")) == 1
-    facts = json.loads((work / "still" / "run.json").read_text())
+    assert train_fvlm.main(command(work, "jane doe", "--learning_rate", "0", "--max_steps", "12")) == 1
+    facts = json.loads((work / "jane doe" / "run.json").read_text())
     assert not facts["overfit"]["is_learned"] and facts["steps"] == 12
     assert "--overfit NOT passed: 6 patients not learned by heart in 12 steps. Of 3 organs 3 have" in caplog.text
     assert "Likely cause: --learning_rate, too high or too low by far" in caplog.text
-    assert f"curves {work / 'still'}`" in caplog.text and str(work) not in facts["overfit"]["verdict"]
+    assert f"curves '{work / 'jane doe'}'`" in caplog.text and "jane" not in facts["overfit"]["verdict"]
 
 
 def test_what_makes_it_harder_is_set_aside(work):
@@ -113,7 +113,7 @@ def judged(learned, norms, share, cosine=0.3):
     trainer = SimpleNamespace(
         logged_rows=rows,
         state=SimpleNamespace(global_step=100),
-        args=SimpleNamespace(group_size=6, output_dir="out"),
+        args=SimpleNamespace(group_size=6),
         window=SimpleNamespace(organs=ORGANS),
         train_dataset=list(range(6)),
         data_collator=lambda rows: batch,

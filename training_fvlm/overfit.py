@@ -91,8 +91,7 @@ class Overfit(TrainerCallback):
             f"--overfit NOT passed: {patients} not learned by heart in {steps} steps. Of {len(shares)} organs "
             f"{len(missing)} have gone less than {round(100 * FITTED)} % of the way to their floor: {named}; {numbers}."
         )
-        look = f"Look at `python -m training_fvlm.curves {self.trainer.args.output_dir}`, organ by organ."
-        return False, f"{text} Likely cause: {self.cause(missing, rows)}. {look}"
+        return False, f"{text} Likely cause: {self.cause(missing, rows)}."
 
     def cause(self, missing: dict[str, float], rows: Sequence[OrganLossRow]) -> str:
         """Why, as far as it shows."""
