@@ -15,10 +15,10 @@ DIGITS = 16  # of a SHA-256
 
 
 def place_name(place: str | Path) -> str:
-    """A Hub id as it is, a path by its last part."""
+    """A Hub id as it is, a path by its last part, and a name as it was given before (`distinct_names`)."""
     text = str(place)
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".") and not Path(text).exists()
-    if is_hub_id:
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(, revision \S+)?", text) and not text.startswith(".")
+    if is_hub_id and not Path(text).exists():
         return text
     return PureWindowsPath(text).name if "\\" in text else os.path.basename(os.path.abspath(text))
 

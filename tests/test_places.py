@@ -44,9 +44,10 @@ def test_weights_are_known_again_wherever_they_lie(tmp_path):
     assert first == again != second == other
     assert first == hashlib.sha256(hashlib.sha256(b"1").digest()).hexdigest()[:16]
     assert weights_digest("owner/on-the-hub") is None
-    named = distinct_names([*places[1:], "owner/one", "owner/one"], [None, None, None, "v1", "v2"])
+    named = distinct_names([*places[1:], "owner/one", "owner/one"], [None, None, None, "v1", "refs/pr/2"])
     assert named == [f"model, weights {again}", f"model, weights {second}", "other", *named[3:]]
-    assert named[3:] == ["owner/one, revision v1", "owner/one, revision v2"]
+    assert named[3:] == ["owner/one, revision v1", "owner/one, revision refs/pr/2"]
+    assert [place_name(name) for name in named] == named, "as the page of a comparison has them"
 
 
 def test_a_split_is_known_by_the_checksums_of_its_shards():
