@@ -399,7 +399,9 @@ def run(args: argparse.Namespace) -> int:
         split, revision = args.split or data.split, args.data_revision or data.revision
         data = Data(args.dataset or data.name, split, revision)
     model = (results.get("protocol") or {}).get("model") or {}
-    if model.get("weights") and model["weights"] != weights_digest(args.model):
+    # Results of earlier versions hold the path.
+    measured = model.get("weights") or (weights_digest(model["path"]) if model.get("path") else None)
+    if measured and measured != weights_digest(args.model):
         print(
             f"WARNING: these are results of {entry_name(model)}, of other weights than {args.model}.", file=sys.stderr
         )

@@ -251,8 +251,12 @@ def test_the_command(tmp_path, evaluation, retrieval, capsys):
     assert main(["card", "--results", str(results), "--model", str(tmp_path / "copy")]) == 0
     assert not capsys.readouterr().err, "the same weights, wherever they lie"
     (tmp_path / "copy" / "model.safetensors").write_bytes(b"other weights")
-    assert main(["card", "--results", str(results), "--model", str(tmp_path / "copy")]) == 0
-    assert f"WARNING: these are results of mine, of other weights than {tmp_path / 'copy'}" in capsys.readouterr().err
+    earlier = metrics_json(evaluation, data=data, model={"path": str(model)})  # before there were digests
+    for told, name in ((content, "mine"), (earlier, "model")):
+        (results / "metrics.json").write_text(json.dumps(told))
+        assert main(["card", "--results", str(results), "--model", str(tmp_path / "copy")]) == 0
+        warning = f"WARNING: these are results of {name}, of other weights than {tmp_path / 'copy'}"
+        assert warning in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_is_said(tmp_path, evaluation, capsys):
