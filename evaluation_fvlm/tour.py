@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"held-out patients, learned from captions alone in {steps:,} steps\n\nLook at\n"
         f"  {run / 'processed' / 'previews'}   what the network was given\n"
         f"  {run / 'model' / 'loss_curves.png'}   the loss of every organ against chance\n"
-        f"  {run / 'eval'}   roc.png, auc_bars.png, scores.csv, metrics.json\n"
+        f"  {run / 'eval'}   report.html, roc.png, auc_bars.png, scores.csv, metrics.json\n"
         f"  {run / 'model' / 'README.md'}   the model card\n"
     )
     return 0
