@@ -26,7 +26,7 @@ from .build import Settings
 from .cases import OrganText, Row, check_columns, counted, nearest, read_cells
 from .decompose import is_abnormal_sentence, split_sentences
 from .folder_files import without_ending
-from .report_labels import ABSENT, PRESENT, UNCERTAIN
+from .report_labels import VALUES
 from .summary import console
 
 OWN_COLUMNS = (
@@ -35,7 +35,7 @@ OWN_COLUMNS = (
 )
 PREFIXES = ("caption:", "abnormal:", "label:")
 TRUE_FALSE = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-LABEL_VALUES = {PRESENT: 1, ABSENT: 0, UNCERTAIN: -1, 1: 1, 0: 0, -1: -1}
+LABEL_VALUES = VALUES | {value: value for value in VALUES.values()}
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 WORKBOOK_ENDINGS = (".xlsx", ".xlsm", ".xls", ".ods")
 WORKBOOK_BEGINNINGS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
@@ -67,20 +67,12 @@ def read_sheet(path: Path, required: Sequence[str] = ()) -> tuple[list[str], lis
     if not path.is_file():
         raise ValueError(f"there is no file {path}.")
     raw = path.read_bytes()
-    if path.suffix.lower() in WORKBOOK_ENDINGS or raw.startswith(WORKBOOK_BEGINNINGS):
-        raise ValueError(
-            f"{path.name} is a workbook, not a CSV. Open it in the spreadsheet program, save the sheet as "
-            "'CSV UTF-8 (comma delimited)', and give that file."
-        )
+    check_is_no_workbook(path, raw)
     raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path.name} is not UTF-8: line {line} holds the byte 0x{raw[error.start]:02x}. Save it as UTF-8 (in a "
-            "spreadsheet program: 'CSV UTF-8')."
-        ) from None
+        raise not_utf_8(path, raw.count(b"\n", 0, error.start) + 1, raw[error.start]) from None
     separator = separator_of(text)
     if separator != ",":
         console.print(f"{path.name}: columns are separated by {SEPARATORS[separator]}.", markup=False, soft_wrap=True)
@@ -89,11 +81,30 @@ def read_sheet(path: Path, required: Sequence[str] = ()) -> tuple[list[str], lis
     columns = [name.strip() for name in reader.fieldnames or ()]
     if not any(columns):
         raise ValueError(f"{path.name} is empty; its first line should name the columns.")
+    check_named_once(path, columns)
+    check_columns(path, columns, required)
+    return columns, read_cells(reader, path, columns, SEPARATORS[separator])
+
+
+def check_is_no_workbook(path: Path, beginning: bytes) -> None:
+    if path.suffix.lower() in WORKBOOK_ENDINGS or beginning.startswith(WORKBOOK_BEGINNINGS):
+        raise ValueError(
+            f"{path.name} is a workbook, not a CSV. Open it in the spreadsheet program, save the sheet as "
+            "'CSV UTF-8 (comma delimited)', and give that file."
+        )
+
+
+def not_utf_8(path: Path, line: int, byte: int) -> ValueError:
+    return ValueError(
+        f"{path.name} is not UTF-8: line {line} holds the byte 0x{byte:02x}. Save it as UTF-8 (in a spreadsheet "
+        "program: 'CSV UTF-8')."
+    )
+
+
+def check_named_once(path: Path, columns: Sequence[str]) -> None:
     twice = [name for name, count in Counter(columns).items() if name and count > 1]
     if twice:
         raise ValueError(f"{path.name} has two columns named {twice[0]!r}; rename one of them.")
-    check_columns(path, columns, required)
-    return columns, read_cells(reader, path, columns, SEPARATORS[separator])
 
 
 def separator_of(text: str) -> str:
@@ -111,13 +122,7 @@ def read_table(path: Path, columns: Sequence[str]) -> tuple[list[str], list[Row]
         if columns:
             raise ValueError("--columns renames the columns of a CSV; the keys of a JSON are fixed.")
         return rows_of_names(read_json(path))
-    renamed = {}
-    for pair in (pair for argument in columns for pair in argument.split(",")):
-        ours, equals, theirs = pair.partition("=")
-        if not equals or not theirs or not (ours in OWN_COLUMNS or ours.startswith(PREFIXES)):
-            known = [*OWN_COLUMNS, *(f"{prefix}..." for prefix in PREFIXES)]
-            raise ValueError(f"--columns {pair!r} is not OURS=YOURS with OURS one of {known}{nearest(ours, known)}.")
-        renamed[theirs] = ours
+    renamed = {theirs: ours for ours, theirs in renamings(columns, OWN_COLUMNS, PREFIXES)}
     present, rows = read_sheet(path)
     check_columns(path, present, renamed)
     names = [renamed.get(name, name) for name in present]
@@ -129,6 +134,18 @@ def read_table(path: Path, columns: Sequence[str]) -> tuple[list[str], list[Row]
             "Say which it is with --columns id=..."
         )
     return names, [Row({renamed.get(name, name): cell for name, cell in row.items()}, row.line) for row in rows]
+
+
+def renamings(columns: Sequence[str], names: Iterable[str], prefixes: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """(OURS, YOURS) of `--columns OURS=YOURS`, where OURS is one of the names or begins with a prefix."""
+    known = [*names, *(f"{prefix}..." for prefix in prefixes)]
+    pairs = []
+    for pair in (pair for argument in columns for pair in argument.split(",")):
+        ours, equals, theirs = pair.partition("=")
+        if not equals or not theirs or not (ours in names or ours.startswith(prefixes)):
+            raise ValueError(f"--columns {pair!r} is not OURS=YOURS with OURS one of {known}{nearest(ours, known)}.")
+        pairs.append((ours, theirs))
+    return pairs
 
 
 def rows_of_names(names: Sequence[str]) -> tuple[list[str], list[Row]]:
@@ -155,13 +172,18 @@ def load_json(path: Path, option: str):
         raise ValueError(f"{path.name} is no JSON: {error}.") from None
 
 
-def read_json(path: Path) -> dict[str, dict]:
-    """Entries of a JSON of reports by their id."""
+def json_entries(path: Path) -> list:
+    """What stands in the list of a JSON of reports, or in its {id: entry}; of what form is not looked at."""
     content = load_json(path, "--reports")
     if isinstance(content, dict):
-        content = [{"id": name, **entry} if isinstance(entry, dict) else entry for name, entry in content.items()]
+        return [{"id": name, **entry} if isinstance(entry, dict) else entry for name, entry in content.items()]
+    return content if isinstance(content, list) else [content]
+
+
+def read_json(path: Path) -> dict[str, dict]:
+    """Entries of a JSON of reports by their id."""
     entries = []
-    for place, entry in enumerate(content if isinstance(content, list) else [content]):
+    for place, entry in enumerate(json_entries(path)):
         if not isinstance(entry, dict) or "id" not in entry:
             raise ValueError(f'{path.name}: entry {place} is not of the form {{"id", "findings", "impression"}}.')
         entries.append((str(entry["id"]), entry))

@@ -10,7 +10,6 @@ import argparse
 import csv
 import io
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +18,15 @@ from typing import NamedTuple
 
 from .cases import nearest
 from .decomposition import SECTIONS
-from .folder_reports import SEPARATORS, WORKBOOK_BEGINNINGS, WORKBOOK_ENDINGS, load_json, separator_of
+from .folder_reports import (
+    SEPARATORS,
+    check_is_no_workbook,
+    check_named_once,
+    json_entries,
+    not_utf_8,
+    renamings,
+    separator_of,
+)
 
 # Ours -> how releases call it.
 NAMES = {
@@ -88,10 +95,7 @@ def in_utf_8(path: Path, rows: Iterator[tuple[str, Entry]]) -> Iterator[tuple[st
                 try:
                     line.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise ValueError(
-                        f"{path.name} is not UTF-8: line {number} holds the byte 0x{line[error.start]:02x}. Save it as "
-                        "UTF-8 (in a spreadsheet program: 'CSV UTF-8')."
-                    ) from None
+                    raise not_utf_8(path, number, line[error.start]) from None
         raise
 
 
@@ -113,10 +117,7 @@ def text_files(folder: Path) -> list[Path]:
 
 def rows_of_json(path: Path) -> Iterator[tuple[str, Entry]]:
     """Entries of a list, or of {id: entry}."""
-    content = load_json(path, "--reports")
-    if isinstance(content, dict):
-        content = [{"id": name, **entry} if isinstance(entry, dict) else entry for name, entry in content.items()]
-    for number, entry in enumerate(content if isinstance(content, list) else [content]):
+    for number, entry in enumerate(json_entries(path)):
         if not isinstance(entry, dict):
             raise ValueError(
                 f"{path.name}: entry {number} is not of the form {JSON_FORM}; the file holds a list of such, or {{id: "
@@ -214,24 +215,13 @@ def open_reports(path: Path, columns: Sequence[str] = ()) -> Reports:
         raise ValueError(f"--reports: there is no file {path}.")
     with path.open("rb") as file:
         beginning = file.read(8)
-    if path.suffix.lower() in WORKBOOK_ENDINGS or beginning.startswith(WORKBOOK_BEGINNINGS):
-        raise ValueError(
-            f"{path.name} is a workbook, not a CSV. Open it in the spreadsheet program, save the sheet as "
-            "'CSV UTF-8 (comma delimited)', and give that file."
-        )
+    check_is_no_workbook(path, beginning)
     if beginning.startswith(NO_UTF_8) or b"\0" in beginning:
         raise ValueError(
             f"{path.name} is no text in UTF-8, it begins with {beginning!r}. Unpack it, or save it as UTF-8 (in a "
             "spreadsheet program: 'CSV UTF-8')."
         )
-    renamed = {}
-    for pair in (pair for argument in columns for pair in argument.split(",")):
-        ours, equals, theirs = pair.partition("=")
-        if not equals or not theirs or ours not in NAMES:
-            raise ValueError(
-                f"--columns {pair!r} is not OURS=YOURS with OURS one of {list(NAMES)}{nearest(ours, NAMES)}."
-            )
-        renamed[ours] = theirs
+    renamed = dict(renamings(columns, NAMES))
     return Reports(path, choose_columns(path, columns_of(path), renamed))
 
 
@@ -247,9 +237,7 @@ def columns_of(path: Path) -> list[str]:
     columns = [name.strip() for name in first]
     if not any(columns):
         raise ValueError(f"the first line of {path.name} is empty; it should name the columns.")
-    twice = [name for name, count in Counter(columns).items() if name and count > 1]
-    if twice:
-        raise ValueError(f"{path.name} has two columns named {twice[0]!r}; rename one of them.")
+    check_named_once(path, columns)
     return columns
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 LABELS = Path(__file__).resolve().parent.parent / "hub_configs" / "labels"
 PRESENT, UNCERTAIN, ABSENT = "present", "uncertain", "absent"
 RANKS = {PRESENT: 2, UNCERTAIN: 1, ABSENT: 0}
+VALUES = {PRESENT: 1, ABSENT: 0, UNCERTAIN: -1}  # as a case carries them
 KEYS = ("terms", "together", "weak", "organs", "except", "normal")
 Words = tuple[str, ...]
 
@@ -204,5 +205,4 @@ def label_values(
     Args:
         unmentioned: Value of findings that are not spoken of; CT-RATE's own files take 0.
     """
-    values = {PRESENT: 1, ABSENT: 0, UNCERTAIN: -1}
-    return tuple((finding, values[labels[finding]] if finding in labels else unmentioned) for finding in findings)
+    return tuple((finding, VALUES[labels[finding]] if finding in labels else unmentioned) for finding in findings)

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from modeling_fvlm.reading import (
     read_volume,
 )
 
-from .cases import Case
+from .cases import Case, OrganText
 from .decompose import caption_rows, decompose_report
 from .privacy import scrub
 from .progress import AGAIN, BuildStopped, is_disk_full
@@ -170,6 +170,7 @@ def has_blank_header(path: Path) -> bool:
 def make_row(case: Case, settings: Settings, scan: PreparedScan, notes: Sequence[str]) -> BuiltRow:
     """The rows of a prepared scan, and what to count and to say of it."""
     organs = settings.organ_set.organs
+    organ_texts, labels = said_of(case, settings)
     row = {
         "patient_id": case.patient_id,
         "scan_id": case.scan_id,
@@ -183,12 +184,12 @@ def make_row(case: Case, settings: Settings, scan: PreparedScan, notes: Sequence
             case.impression,
             organs,
             settings.lexicon,
-            case.organ_texts,
+            organ_texts,
             published=settings.preprocessing == "published",
         ),
         "findings": case.findings,
         "impression": case.impression,
-        "labels": [{"finding": finding, "value": value} for finding, value in labels_of(case, settings)],
+        "labels": [{"finding": finding, "value": value} for finding, value in labels],
     }
     voxels = organ_voxels(scan.mask, len(organs))
     present = tuple(organ for organ, count in zip(organs, voxels) if count)
@@ -201,17 +202,21 @@ def make_row(case: Case, settings: Settings, scan: PreparedScan, notes: Sequence
     return BuiltRow(case.recon_id, row, present, warnings=(*notes, *([strange] if strange else [])), organ_crops=crops)
 
 
-def labels_of(case: Case, settings: Settings) -> tuple[tuple[str, int], ...]:
-    """The labels that the source brings, then those of the other findings by the words of the report."""
+def said_of(case: Case, settings: Settings) -> tuple[Mapping[str, OrganText] | None, tuple[tuple[str, int], ...]]:
+    """What is said of each organ, None: to be found in the report; and the labels that the source brings, with those
+    of the other findings by the words of the report.
+    """
     rules = settings.finding_rules
     if rules is None:
-        return case.labels
+        return case.organ_texts, case.labels
     brought = {finding for finding, _ in case.labels}
     others = [finding for finding in rules.findings if finding not in brought]
-    found = decompose_report(case.findings, case.impression, (), settings.lexicon, rules=rules).labels
-    if found is None:  # no words, or not English ones: nothing is said by what they leave out
-        return case.labels + label_values({}, others)
-    return case.labels + label_values(found, others, settings.unmentioned)
+    organs = settings.organ_set.organs if case.organ_texts is None else ()
+    said = decompose_report(case.findings, case.impression, organs, settings.lexicon, rules=rules)
+    organ_texts = said.organs if case.organ_texts is None else case.organ_texts
+    if said.labels is None:  # no words, or not English ones: nothing is said by what they leave out
+        return organ_texts, case.labels + label_values({}, others)
+    return organ_texts, case.labels + label_values(said.labels, others, settings.unmentioned)
 
 
 def implausible_hu(volume: np.ndarray, mask: np.ndarray, organs: Sequence[str], voxels: np.ndarray) -> str | None:

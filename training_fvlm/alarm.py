@@ -32,7 +32,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .organ_losses import OrganLossRow
+from .organ_losses import OrganLossRow, weighted_mean
 
 logger = logging.get_logger(__name__)
 
@@ -154,20 +154,14 @@ def pool(rows: Sequence[OrganLossRow], steps: int) -> Evidence:
     counts = [row.active * row.batches for row in rows]
     excess, error = _pooled([row.loss - row.chance for row in rows], [row.spread for row in rows], counts)
     fit, fit_error = _pooled([row.fit for row in rows], [row.fit_spread for row in rows], [r.fit_batches for r in rows])
-    chance = _weighted([row.chance for row in rows], counts)
+    chance = weighted_mean([row.chance for row in rows], counts)
     shares = {
-        name: _weighted([getattr(row, name) for row in rows], [row.batches for row in rows])
+        name: weighted_mean([getattr(row, name) for row in rows], [row.batches for row in rows])
         for name in ("text_cosine", "present", "whole", "captioned", "abnormal", "valid", "equal")
     }
-    floor = _weighted([row.floor for row in rows], counts)
+    floor = weighted_mean([row.floor for row in rows], counts)
     error = max(error, ROUNDING)
     return Evidence(steps, sum(counts), chance + excess, chance, floor, error, fit, fit_error, **shares)
-
-
-def _weighted(values: Sequence[float], weights: Sequence[float]) -> float:
-    """Weighted mean of the values that are numbers; NaN if there are none."""
-    pairs = [(value, weight) for value, weight in zip(values, weights) if weight > 0 and not math.isnan(value)]
-    return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs) if pairs else math.nan
 
 
 def _pooled(means: Sequence[float], spreads: Sequence[float], counts: Sequence[float]) -> tuple[float, float]:
@@ -179,7 +173,7 @@ def _pooled(means: Sequence[float], spreads: Sequence[float], counts: Sequence[f
     ]
     total = sum(count for _, _, count in groups)
     if total < 2:
-        return _weighted(means, counts), math.inf
+        return weighted_mean(means, counts), math.inf
     mean = sum(mean * count for mean, _, count in groups) / total
     squares = sum((count - 1) * spread**2 + count * (of_group - mean) ** 2 for of_group, spread, count in groups)
     return mean, math.sqrt(squares / (total - 1) / total)

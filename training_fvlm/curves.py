@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from .organ_losses import EVAL_FILE, TRAIN_FILE, OrganLossFile, OrganLossRow, last_rows
+from .organ_losses import EVAL_FILE, TRAIN_FILE, OrganLossFile, OrganLossRow, last_rows, share_learned, weighted_mean
 
 FIGURE_NAME = "loss_curves.png"
 RUN_FILE = "run.json"
@@ -91,7 +91,7 @@ class Progress:
     @property
     def learned(self) -> float:
         """Share of the way from chance to the floor."""
-        return (self.chance - self.last) / (self.chance - self.floor) if self.chance > self.floor else math.nan
+        return share_learned(self.last, self.chance, self.floor)
 
 
 def progress(rows: Sequence[OrganLossRow], evaluated: Sequence[OrganLossRow] = ()) -> tuple[list[Progress], str]:
@@ -126,12 +126,10 @@ def progress(rows: Sequence[OrganLossRow], evaluated: Sequence[OrganLossRow] = (
 
 def _mean(rows: Sequence[OrganLossRow], name: str) -> float:
     """Mean of a column over the batches in which the organ was active."""
-    values = [
-        (getattr(row, name), row.active * (1 if math.isnan(row.batches) else row.batches))  # older tables lack batches
-        for row in rows
-        if row.active and not math.isnan(getattr(row, name))
-    ]
-    return sum(value * weight for value, weight in values) / sum(weight for _, weight in values) if values else math.nan
+    weights = [
+        row.active * (1 if math.isnan(row.batches) else row.batches) for row in rows
+    ]  # older tables lack batches
+    return weighted_mean([getattr(row, name) for row in rows], weights)
 
 
 def summary(run: str | Path) -> list[str]:

@@ -74,7 +74,7 @@ class OrganLossRow:
     @property
     def learned(self) -> float:
         """Share of the way from chance to the floor; NaN where it was not active, or there is no way to go."""
-        return (self.chance - self.loss) / (self.chance - self.floor) if self.chance > self.floor else math.nan
+        return share_learned(self.loss, self.chance, self.floor)
 
 
 COLUMNS = tuple(entry.name for entry in fields(OrganLossRow))
@@ -215,6 +215,17 @@ def _share(part: float, whole: float) -> float:
 def _deviation(count: float, mean: float, squares: float) -> float:
     """Standard deviation of `count` numbers from their mean and the sum of their squares; NaN for fewer than two."""
     return math.sqrt(max(squares - count * mean**2, 0.0) / (count - 1)) if count > 1 else math.nan
+
+
+def share_learned(loss: float, chance: float, floor: float) -> float:
+    """Share of the way from chance to the floor; NaN where one of them is, or there is no way to go."""
+    return (chance - loss) / (chance - floor) if chance > floor else math.nan
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Weighted mean of the values that are numbers; NaN if there are none."""
+    pairs = [(value, weight) for value, weight in zip(values, weights) if weight > 0 and not math.isnan(value)]
+    return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs) if pairs else math.nan
 
 
 def mean_over_rows(rows: Sequence[OrganLossRow], name: str) -> float:
