@@ -55,12 +55,17 @@ def with_pictures(release, undisturbed, tmp_path_factory):
 
 # ------------------------------------------------------------------------------------------------------------- SIGKILL
 def test_killed_again_and_again(release, undisturbed, tmp_path):
-    """Five kills in one folder, each run getting a little further; the last of them after shards are there."""
+    """Five kills in one folder, each run getting a little further; the last of them after most shards are there.
+
+    With some versions of the libraries a shard takes more changes of the folder, and so more kills.
+    """
     out = tmp_path / "split"
-    for number, moment in enumerate((2, 9, 24, 24, 24)):
+    for number, moment in enumerate((2, 9, 24, 24, 24, 27, 30, 34)):
+        if number >= 5 and len(list(out.glob("volumes/*.parquet"))) >= 2:
+            break
         assert run_killed(command(release, out), moment), f"run {number} ended before it was killed"
         assert not (out / "manifest.json").exists(), "a manifest says that the split is complete"
-    assert list(out.glob("volumes/*.parquet")), "the runs must have come somewhere"
+    assert len(list(out.glob("volumes/*.parquet"))) >= 2, "the runs must have come somewhere"
     assert main(command(release, out)) == 0
     assert contents(out) == undisturbed
 
