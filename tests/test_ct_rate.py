@@ -183,7 +183,7 @@ def test_published_captions_in_the_place_of_our_rules(release, tmp_path, capsys)
     desc, conc = tmp_path / "desc_info.json", tmp_path / "conc_info.json"
     desc.write_text(json.dumps({"train_1_a": {"lung": "Quite clear."}, "train_1_b": {}}))
     conc.write_text(json.dumps({"valid_1_a": {"liver": "Large."}}))
-    arguments = ["--desc_info", str(desc), "--conc_info", str(conc)]
+    arguments = ["--desc_info", str(desc), "--conc_info", str(conc), "--labels", "ct_rate_18"]
     assert run(release, tmp_path / "out", *arguments, "--reconstructions", "all") == 0
     rows = {row["recon_id"]: row for split in ("train", "validation") for row in rows_of(tmp_path / "out", split)}
     assert rows.keys() == {"train_1_a_1", "train_1_a_2", "train_1_b_1", "valid_1_a_1"}
@@ -195,6 +195,7 @@ def test_published_captions_in_the_place_of_our_rules(release, tmp_path, capsys)
         "valid_1_a_1": ["Large."],
     }
     assert "12 mm nodule" in rows["train_1_b_1"]["findings"], "the whole report stays"
+    assert len(rows["train_1_b_1"]["labels"]) == 18, "and labels are taken from it"
     told = "there are no captions of its scan in desc_info.json and conc_info.json"
     assert skipped(tmp_path / "out") == {"train_2_a_1": told}
     assert run(release, tmp_path / "no", *arguments[:2]) == 2

@@ -33,6 +33,13 @@ def test_the_first_of_equal_reports_is_kept(duplicates, others):
 
 
 @pytest.mark.parametrize("duplicates", ["within_patients", "everywhere"])
+def test_the_second_scan_comes_before_the_tenth(duplicates):
+    rows = [dict(zip(split().column_names, ("p", name, f"{name}_1", "Nodule.", ""))) for name in ("p_10", "p_2")]
+    chosen, _ = choose_scans(Dataset.from_list(rows), "scan", duplicates=duplicates)
+    assert chosen["scan_id"][:] == ["p_2"]
+
+
+@pytest.mark.parametrize("duplicates", ["within_patients", "everywhere"])
 @pytest.mark.parametrize("level", ["scan", "reconstruction"])
 def test_a_split_and_a_table_of_scores_leave_out_the_same_scans(level, duplicates):
     """`eval_fvlm.py --duplicates` and `python -m evaluation_fvlm score --duplicates`, on the same reports."""
